@@ -1,0 +1,251 @@
+"""From a URL to connections: what goes out in one write, what comes back, and what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis.asyncio as aioredis
+from redis import exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from asyncq.broker.embedded import Store, open_store_async
+from asyncq.broker.scripts import Arg, Command
+from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, OptionError
+
+OLDEST_REDIS: Final = (6, 2)  # RPOP with a count, ZMSCORE, ZADD GT, RESP3 tracking
+CALL_TIMEOUT_S: Final = 10.0  # a Redis that hangs longer is treated like one that is gone
+CONNECT_TIMEOUT_S: Final = 5.0
+POOL_SIZE: Final = 16
+
+_TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
+              "MISCONF", "UNBLOCKED", "max number of clients")  # fmt: skip
+
+_LOST = (exceptions.ConnectionError, exceptions.TimeoutError)
+_REFUSED = (exceptions.AuthenticationError, exceptions.BusyLoadingError)
+
+Answer = Any
+"""What Redis answered: bytes, int, None or lists of these; a `BrokerError` where it refused."""
+
+
+class ConnectionLostError(BrokerUnavailableError):
+    """The connection died; `sent` tells whether Redis may have carried the commands out."""
+
+    def __init__(self, cause: BaseException, where: str, *, sent: bool) -> None:
+        super().__init__(f"no connection to Redis at {where}: {cause}")
+        self.sent = sent
+
+
+def translate(error: exceptions.RedisError) -> BrokerError:
+    """Turn an error of redis-py into ours: full, unavailable (try later), or refused."""
+    text = str(error)
+    if isinstance(error, exceptions.OutOfMemoryError) or text.startswith("OOM"):
+        return BrokerFullError(
+            f"Redis is at its memory limit and takes no new tasks ({text}): let workers drain "
+            "the queues, or raise maxmemory"
+        )
+    if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+        return BrokerError(f"Redis refused the credentials or the command: {text}")
+    if isinstance(
+        error, exceptions.ConnectionError | exceptions.TimeoutError | exceptions.ReadOnlyError
+    ) or text.startswith(_TRANSIENT):
+        return BrokerUnavailableError(f"Redis is not available: {text}")
+    return BrokerError(text)
+
+
+class Pool:
+    """Connections to one Redis, each used by one call at a time; no call is repeated by itself.
+
+    redis-py's own retries are off: with them, two lost replies made one fetch lease 30 tasks
+    and hand out 10, and an enqueue conflict with itself.
+    """
+
+    def __init__(self, url: str, *, size: int = POOL_SIZE) -> None:
+        self.url = url
+        self.where = _without_password(url)
+        self._kwargs, self._embedded_path = _parse(url)
+        self._store: Store | None = None
+        self._free = asyncio.Semaphore(size)
+        self._idle: list[aioredis.Connection] = []  # the last used is taken first
+        self._open = False
+
+    async def open(self) -> None:
+        """Start the embedded store if the URL names one, and see that Redis answers.
+
+        Raises:
+            BrokerUnavailableError: nobody answers.
+            BrokerError: Redis refuses us, or is older than 6.2.
+        """
+        if self._embedded_path is not None and self._store is None:
+            self._store = await open_store_async(self._embedded_path)
+            self._kwargs["path"] = self._store.socket
+        self._open = True
+        (info,) = await self.call(["INFO", "server"])
+        if isinstance(info, BrokerError):
+            raise info
+        _check_version(info)
+
+    async def call(self, *commands: Sequence[Arg] | Command) -> list[Answer]:
+        """Send commands in one write and return their answers in order, errors among them.
+
+        Raises:
+            ConnectionLostError: no answer came; `sent` tells whether the commands may have run.
+        """
+        if not self._open:
+            raise BrokerError("not connected: use it in 'async with', or await open() first")
+        async with self._free:
+            connection = self._idle.pop() if self._idle else self._new(protocol=2)
+            try:
+                return await self._call_on(connection, commands)
+            except BaseException:
+                # The answer may still be under way, and would be taken for that of the next
+                # command. (A cancelled call ends here too.)
+                await connection.disconnect(nowait=True)
+                raise
+            finally:
+                self._idle.append(connection)
+
+    async def _call_on(
+        self, connection: aioredis.Connection, commands: Sequence[Sequence[Arg] | Command]
+    ) -> list[Answer]:
+        sent = False
+        try:
+            # One timeout for the whole call: redis-py's own would start a task for each write.
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await self._ready(connection)
+                packed = connection.pack_commands(
+                    [c.by_digest if isinstance(c, Command) else c for c in commands]
+                )
+                sent = True
+                await connection.send_packed_command(packed, check_health=False)
+                answers = [await _answer(connection) for _ in commands]
+                for i, command in enumerate(commands):
+                    # A script that Redis lost is sent again, alone: its neighbours have run.
+                    if isinstance(answers[i], _NoScript) and isinstance(command, Command):
+                        await connection.send_command(*command.by_text)
+                        answers[i] = await _answer(connection)
+                return answers
+        except exceptions.RedisError as error:
+            if isinstance(error, _LOST) and not isinstance(error, _REFUSED):
+                raise ConnectionLostError(error, self.where, sent=sent) from error
+            raise translate(error) from error
+        except (OSError, TimeoutError) as error:
+            cause = error if str(error) else TimeoutError(f"no answer in {CALL_TIMEOUT_S:.0f} s")
+            raise ConnectionLostError(cause, self.where, sent=sent) from error
+
+    async def _ready(self, connection: aioredis.Connection) -> None:
+        # An idle connection that has something to read was closed, or is out of step.
+        if connection.is_connected and await connection.can_read():
+            await connection.disconnect(nowait=True)
+        if not connection.is_connected:
+            await connection.connect()
+
+    @asynccontextmanager
+    async def dedicated(self) -> AsyncIterator[aioredis.Connection]:
+        """Give a RESP3 connection of its own, without a read timeout, closed at the end.
+
+        Raises:
+            BrokerUnavailableError: nobody answers.
+        """
+        connection = self._new(protocol=3)
+        try:
+            try:
+                await connection.connect()
+            except exceptions.RedisError as error:
+                raise translate(error) from error
+            except OSError as error:
+                raise ConnectionLostError(error, self.where, sent=False) from error
+            yield connection
+        finally:
+            await connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Close every connection, and leave the embedded store; repeating it does nothing."""
+        self._open = False
+        while self._idle:
+            await self._idle.pop().disconnect()
+        if self._store is not None:
+            store, self._store = self._store, None
+            await asyncio.to_thread(store.close)
+
+    def _new(self, *, protocol: int) -> aioredis.Connection:
+        options: dict[str, Any] = {
+            "socket_timeout": None,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "retry": Retry(NoBackoff(), 0),
+            "health_check_interval": 0,
+            "protocol": protocol,
+        } | self._kwargs
+        kind = options.pop("connection_class", aioredis.Connection)
+        connection: aioredis.Connection = kind(**options)
+        return connection
+
+
+class _NoScript(BrokerError):
+    """Redis does not know the script: it was restarted, or its scripts were flushed."""
+
+
+async def _answer(connection: Any) -> Answer:
+    try:
+        return await connection.read_response()
+    except exceptions.NoScriptError as error:
+        return _NoScript(str(error))
+    except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+        if isinstance(error, exceptions.BusyLoadingError):
+            return translate(error)
+        raise
+    except exceptions.RedisError as error:
+        return translate(error)
+
+
+def first_error(answers: Iterable[Answer]) -> BrokerError | None:
+    """Return the first error among answers, if there is one."""
+    return next((answer for answer in answers if isinstance(answer, BrokerError)), None)
+
+
+def _parse(url: str) -> tuple[dict[str, Any], str | None]:
+    scheme = urlsplit(url).scheme
+    try:
+        match scheme:
+            case "embedded":
+                path, _, query = url.removeprefix("embedded://").partition("?")
+                kwargs = {"connection_class": aioredis.UnixDomainSocketConnection, "db": _db(query)}
+                return kwargs, unquote(path)
+            case "redis-socket":  # Asynq's name for unix://
+                return dict(aioredis.connection.parse_url(_unix_url(url))), None
+            case "redis" | "rediss" | "unix":
+                return dict(aioredis.connection.parse_url(url)), None
+            case _:
+                pass
+    except (ValueError, TypeError) as error:
+        raise OptionError(f"the Redis URL {_without_password(url)!r} is wrong: {error}") from None
+    raise OptionError(
+        f"the Redis URL {_without_password(url)!r} has an unknown scheme: use redis://, rediss://, "
+        "unix://, redis-socket:// or embedded://"
+    )
+
+
+def _unix_url(url: str) -> str:
+    return "unix://" + url.removeprefix("redis-socket://")
+
+
+def _db(query: str) -> int:
+    return int(parse_qs(query).get("db", ["0"])[0])
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+
+
+def _check_version(info: bytes) -> None:
+    fields = dict(
+        line.split(":", 1) for line in info.decode().splitlines() if ":" in line
+    )
+    version = fields.get("redis_version", "0.0")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_REDIS:
+        raise BrokerError(f"Redis {version} is too old: asyncq needs Redis 6.2 or newer, or Valkey")

@@ -1,0 +1,124 @@
+"""The inspector's side: reads what Redis holds of tasks and queues, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from asyncq.broker import keys
+from asyncq.broker.broker import Broker
+from asyncq.broker.connection import first_error
+from asyncq.broker.keys import queue_keys
+from asyncq.broker.scripts import Arg
+from asyncq.message import TaskMessage, decode
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTask:
+    """A task as it stands in Redis; `next_at` is unix seconds, `None` if it waits for nothing."""
+
+    message: TaskMessage
+    state: str
+    result: bytes | None
+    progress: bytes | None
+    next_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """How many tasks of a queue are in each state, and what was handled today (UTC) and ever."""
+
+    queue: str
+    paused: bool
+    pending: int
+    active: int
+    scheduled: int
+    retry: int
+    archived: int
+    completed: int
+    due: int
+    """Of scheduled and retry, what is due now."""
+    processed: int
+    failed: int
+
+
+async def find_task(broker: Broker, queue: str, task_id: str) -> StoredTask | None:
+    """Read one task; `None` when there is none.
+
+    Raises:
+        MalformedMessageError: its bytes are no message.
+    """
+    k = queue_keys(queue)
+    fields, scheduled, retry = await _read(
+        broker,
+        ["HMGET", k.task(task_id), "msg", "state", "result", "progress"],
+        ["ZSCORE", k.scheduled, task_id],
+        ["ZSCORE", k.retry, task_id],
+    )
+    raw, state, result, progress = fields
+    if raw is None:
+        return None
+    score = scheduled if scheduled is not None else retry
+    return StoredTask(
+        decode(task_id, queue, raw),
+        (state or b"").decode(errors="replace"),
+        result,
+        progress,
+        None if score is None else float(score),
+    )
+
+
+async def queue_names(broker: Broker) -> list[str]:
+    """Return the names of all queues, sorted."""
+    (names,) = await _read(broker, ["SMEMBERS", keys.QUEUES])
+    return sorted(name.decode(errors="replace") for name in names)
+
+
+async def queue_stats(broker: Broker, queues: Sequence[str]) -> list[QueueStats]:
+    """Count the tasks of queues, in one round trip."""
+    ((seconds, _),) = await _read(broker, ["TIME"])
+    now_s = seconds.decode()
+    commands: list[Sequence[Arg]] = []
+    for queue in queues:
+        k = queue_keys(queue)
+        commands += (
+            ["EXISTS", k.paused],
+            ["LLEN", k.pending],
+            ["LLEN", k.active],
+            ["ZCARD", k.scheduled],
+            ["ZCARD", k.retry],
+            ["ZCARD", k.archived],
+            ["ZCARD", k.completed],
+            ["ZCOUNT", k.scheduled, "-inf", now_s],
+            ["ZCOUNT", k.retry, "-inf", now_s],
+            ["GET", k.processed],
+            ["GET", k.failed],
+        )
+    answers = await _read(broker, *commands)
+    return [_stats(queue, answers[i * 11 : i * 11 + 11]) for i, queue in enumerate(queues)]
+
+
+def _stats(queue: str, answers: list[Any]) -> QueueStats:
+    paused, pending, active, scheduled, retry, archived, completed, *rest = answers
+    scheduled_due, retry_due, processed, failed = rest
+    return QueueStats(
+        queue=queue,
+        paused=bool(paused),
+        pending=pending,
+        active=active,
+        scheduled=scheduled,
+        retry=retry,
+        archived=archived,
+        completed=completed,
+        due=scheduled_due + retry_due,
+        processed=int(processed or 0),
+        failed=int(failed or 0),
+    )
+
+
+async def _read(broker: Broker, *commands: Sequence[Arg]) -> list[Any]:
+    answers = await broker.pool.call(*commands)
+    if failure := first_error(answers):
+        raise failure
+    return answers

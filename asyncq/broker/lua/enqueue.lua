@@ -1,0 +1,54 @@
+-- enqueue: puts new tasks on one queue, each at once, at its time or into its group.
+-- KEYS    pending, scheduled, due, groups
+-- ARGV    prefix, tasks[id, message, extra]
+-- RETURNS {row, 'conflict' | 'duplicate', holder}... for the tasks that were refused
+-- USES    start, clock
+-- `extra` is '' for a task that is due now, else JSON: at (unix ms), group, lock, lock_s.
+local refused, now_pending = {}, {}
+
+local function add(id, key, message, extra)
+  local fields = { 'msg', message, 'state', 'pending' }
+  if extra.lock then
+    redis.call('SET', extra.lock, id, 'EX', extra.lock_s)
+    fields[#fields + 1] = 'unique_key'
+    fields[#fields + 1] = extra.lock
+  end
+  if extra.group then
+    fields[#fields + 1] = 'group'
+    fields[#fields + 1] = extra.group
+  end
+  if extra.at then
+    fields[4] = 'scheduled'
+    redis.call('ZADD', scheduled, integer(math.ceil(extra.at / 1000)), id)
+    redis.call('ZADD', due, integer(extra.at), id)
+  elseif extra.group then
+    fields[4] = 'aggregating'
+    redis.call('ZADD', prefix .. 'g:' .. extra.group, integer(now_s), id)
+    redis.call('SADD', groups, extra.group)
+  else
+    fields[#fields + 1] = 'pending_since'
+    fields[#fields + 1] = now_ns
+    now_pending[#now_pending + 1] = id
+  end
+  redis.call('HSET', key, unpack(fields))
+end
+
+local nothing = {}
+for i = 1, tasks_n do
+  local row = tasks_at + (i - 1) * 3
+  local id, message = ARGV[row + 1], ARGV[row + 2]
+  local extra = ARGV[row + 3] == '' and nothing or cjson.decode(ARGV[row + 3])
+  local key = prefix .. 't:' .. id
+  local holder = extra.lock and redis.call('GET', extra.lock)
+  if holder and holder ~= id then
+    refused[#refused + 1] = { i, 'duplicate', holder }
+  elseif redis.call('EXISTS', key) == 1 then
+    refused[#refused + 1] = { i, 'conflict', id }
+  else
+    add(id, key, message, extra)
+  end
+end
+if #now_pending > 0 then
+  redis.call('LPUSH', pending, unpack(now_pending))
+end
+return refused

@@ -1,0 +1,41 @@
+-- expired: finds tasks whose run is gone: the lease has ended, or there is none.
+-- KEYS    active, lease
+-- ARGV    prefix, limit
+-- RETURNS {id, lease score or '', message or ''}...
+-- USES    clock, lease
+-- A lease with a mark was made by Redis's clock and has ended when it says so. One without
+-- was made by a Go host's clock, so it gets Asynq's 30 s for skew.
+local GRACE_S = 30
+limit = tonumber(limit)
+local found = {}
+
+local function report(id, score)
+  local message = redis.pcall('HGET', prefix .. 't:' .. id, 'msg')
+  found[#found + 1] = { id, score, type(message) == 'string' and message or '' }
+end
+
+local from, page = 0, 0
+repeat
+  local ended = redis.call(
+    'ZRANGEBYSCORE', lease, '-inf', integer(now_s), 'WITHSCORES', 'LIMIT', from, limit)
+  for i = 1, #ended, 2 do
+    local seconds = tonumber(ended[i + 1])
+    if seconds <= now_s - GRACE_S or seconds ~= math.floor(seconds) then
+      report(ended[i], ended[i + 1])
+    end
+  end
+  from = from + #ended / 2
+  page = page + 1
+until #ended == 0 or #found >= limit or page == 10
+
+-- The oldest of active stand at its tail. Fetching and finishing are atomic, in Go too, so
+-- an id without a lease has lost it.
+local oldest = redis.call('LRANGE', active, -limit, -1)
+if #oldest > 0 then
+  for i, score in ipairs(redis.call('ZMSCORE', lease, unpack(oldest))) do
+    if not score then
+      report(oldest[i], '')
+    end
+  end
+end
+return found

@@ -1,0 +1,106 @@
+-- pump: saves the outcomes of runs and takes up to `want` pending tasks, for one queue.
+-- KEYS    pending, active, lease, paused, scheduled, retry, archived, completed, due, mark, last,
+--         processed, failed
+-- ARGV    prefix, sequence, want, done[id, mark], moves[kind, id, mark, at, message, lock, result]
+-- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages}
+-- USES    start, clock, lease, counters, moves
+-- A write that Redis allows at its memory limit comes first: it lets the rest of the script
+-- write too, so that workers drain a Redis that is full.
+redis.call('DEL', prefix)
+
+-- The last answer was lost on its way: what it took was taken, what it saved was saved.
+local before = redis.call('GET', last)
+if before then
+  local sequence_before, mark_before, refused, broken, ids = unpack(cmsgpack.unpack(before))
+  if sequence_before == sequence then
+    local kept, messages = {}, {}
+    for _, id in ipairs(ids) do
+      local message = redis.call('HGET', prefix .. 't:' .. id, 'msg')
+      if message and holds(redis.call('ZSCORE', lease, id), mark_before) then
+        kept[#kept + 1] = id
+        messages[#messages + 1] = message
+      end
+    end
+    return { time, mark_before, refused, broken, {}, kept, messages }
+  end
+end
+
+local refused, broken = {}, {}
+
+if done_n > 0 then
+  local ids = {}
+  for i = 1, done_n do
+    ids[i] = ARGV[done_at + i * 2 - 1]
+  end
+  local scores = redis.call('ZMSCORE', lease, unpack(ids))
+  local held, hashes = {}, {}
+  for i, id in ipairs(ids) do
+    if holds(scores[i], ARGV[done_at + i * 2]) then
+      held[#held + 1] = id
+      hashes[#hashes + 1] = prefix .. 't:' .. id
+    else
+      refused[#refused + 1] = id
+    end
+  end
+  if #held > 0 then
+    redis.call('ZREM', lease, unpack(held))
+    redis.call('UNLINK', unpack(hashes))
+    for _, id in ipairs(held) do
+      redis.call('LREM', active, 1, id)
+    end
+    processed_n = processed_n + #held
+  end
+end
+
+for i = 1, moves_n do
+  local row = moves_at + (i - 1) * 7
+  local id = ARGV[row + 2]
+  if holds(redis.call('ZSCORE', lease, id), ARGV[row + 3]) then
+    local moved, problem = pcall(
+      moves_by_kind[ARGV[row + 1]], id, prefix .. 't:' .. id,
+      ARGV[row + 4], ARGV[row + 5], ARGV[row + 6], ARGV[row + 7])
+    if not moved then
+      broken[#broken + 1] = { id, type(problem) == 'table' and problem.err or tostring(problem) }
+    end
+  else
+    refused[#refused + 1] = id
+  end
+end
+trim_archive()
+count(processed, failed, processed_n, failed_n)
+
+local taken, messages, ghosts = {}, {}, {}
+local run_mark = 0
+if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 then
+  local ids = redis.pcall('RPOP', pending, want) or {}
+  if ids.err then -- not a list: what was saved above stays saved
+    broken[#broken + 1] = { '', ids.err }
+  elseif #ids > 0 then
+    run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
+    local ends, leases = lease_until(now_s, run_mark), {}
+    for _, id in ipairs(ids) do
+      local key = prefix .. 't:' .. id
+      local message = redis.pcall('HGET', key, 'msg')
+      if type(message) == 'string' then
+        redis.call('HSET', key, 'state', 'active')
+        redis.call('HDEL', key, 'pending_since')
+        taken[#taken + 1] = id
+        messages[#messages + 1] = message
+        leases[#leases + 1] = ends
+        leases[#leases + 1] = id
+      else -- no hash, or no hash with a message: nothing that could be run
+        ghosts[#ghosts + 1] = id
+        if not message then
+          redis.call('UNLINK', key)
+        end
+      end
+    end
+    if #taken > 0 then
+      redis.call('LPUSH', active, unpack(taken))
+      redis.call('ZADD', lease, unpack(leases))
+    end
+  end
+end
+
+redis.call('SET', last, cmsgpack.pack({ sequence, run_mark, refused, broken, taken }), 'EX', 60)
+return { time, run_mark, refused, broken, ghosts, taken, messages }
