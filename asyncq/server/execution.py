@@ -1,0 +1,255 @@
+"""Takes one message through the mux under its deadline, to an outcome; knows no broker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
+from typing import Any, Final, TypeAlias
+
+from asyncq.context import Context, current
+from asyncq.errors import AsyncqError, InvalidPayloadError, LeaseExpiredError
+from asyncq.handler import Entry
+from asyncq.message import TaskMessage, completed, failed
+from asyncq.mux import Routes
+from asyncq.outcome import DONE, REQUEUE, Outcome
+from asyncq.payload import encode
+from asyncq.retry import Retry, RetryDelay, RevokeTask, SkipRetry, Snooze, asynq_delay
+from asyncq.server.in_flight import (
+    CANCELED,
+    DEADLINE,
+    LEASE_LOST,
+    SHUTDOWN,
+    InFlight,
+    Lane,
+    Run,
+)
+
+log = logging.getLogger("asyncq.server")
+
+ErrorHandler: TypeAlias = Callable[[Context[Any], BaseException], Awaitable[None] | None]
+"""Called with the context and the error of every run that failed."""
+IsFailure: TypeAlias = Callable[[BaseException], bool]
+
+DEFAULT_TIMEOUT_S: Final = 1800  # Asynq's, for a message with neither timeout nor deadline
+NEAR_S: Final = 2.0
+"""A deadline nearer than this has its own timer; `watch` gives the others one when it is time.
+
+Nearly all tasks end long before their deadline, so most runs never need a timer.
+"""
+WRITE_OFF_S: Final = 5.0  # how long a cancelled handler may go on before its place is given away
+
+
+class Execution:
+    """Starts runs and turns what they end with into outcomes."""
+
+    def __init__(
+        self,
+        in_flight: InFlight,
+        *,
+        retry_delay: RetryDelay = asynq_delay,
+        is_failure: IsFailure | None = None,
+        error_handler: ErrorHandler | None = None,
+        client: Any = None,
+    ) -> None:
+        self._in_flight = in_flight
+        self._retry_delay = retry_delay
+        self._is_failure = is_failure
+        self._error_handler = error_handler
+        self._client = client
+        self.routes: Routes
+
+    def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
+        """Begin a run; `now` is when the task was fetched, in unix seconds by Redis's clock."""
+        loop = asyncio.get_running_loop()
+        deadline_at = _deadline(message, now)
+        left_s = deadline_at - now
+        run = Run(lane, message, mark, now, deadline_at, loop.time() + left_s)
+        run.client = self._client
+        self._in_flight.add(run)
+        run.task = loop.create_task(self._run(run))
+        if left_s < NEAR_S:
+            run.timer = loop.call_later(max(0.0, left_s), run.cancel, DEADLINE)
+
+    async def _run(self, run: Run) -> None:
+        run.begun = True
+        entry = self.routes.find(run.message.type)
+        context: Context[Any] = Context(run)
+        current.set(context)
+        run.state = entry.state
+        run.holds_place = entry.kind == "thread"
+        outcome: Outcome | None
+        try:
+            if run.cancel_reason is not None:  # before it began, so the handler is not called
+                raise asyncio.CancelledError(run.cancel_reason)
+            result = await entry.call(run.message.payload, context)
+            outcome = self._succeeded(run, result)
+        except BaseException as error:  # SystemExit from a handler must not end the server
+            outcome = await self._failed(run, entry, context, error)
+        self._in_flight.end(run, outcome)
+
+    def watch(self) -> int:
+        """Give near deadlines their timer and write off what ignores its cancellation.
+
+        Returns the number of runs written off.
+        """
+        loop = asyncio.get_running_loop()
+        now, written_off = loop.time(), 0
+        for run in self._in_flight.runs():
+            if run.cancelled_at is not None:
+                if now - run.cancelled_at > WRITE_OFF_S and not run.holds_place:
+                    self._write_off(run)
+                    written_off += 1
+            elif run.timer is None and run.ends_at - now < NEAR_S:
+                run.timer = loop.call_at(run.ends_at, run.cancel, DEADLINE)
+        return written_off
+
+    def abandon(self) -> int:
+        """Put back what still runs and cannot be waited for any longer; return how many."""
+        runs = list(self._in_flight.runs())
+        for run in runs:
+            self._in_flight.end(run, REQUEUE)
+        return len(runs)
+
+    def _write_off(self, run: Run) -> None:
+        message = run.message
+        log.error(
+            "task %r (%r) ignores its cancellation (%s): its place is given away, "
+            "the handler may go on",
+            message.id, message.type, run.cancel_reason,
+        )  # fmt: skip
+        self._in_flight.end(run, self._interrupted(run, self.routes.find(message.type)))
+
+    def _succeeded(self, run: Run, result: Any) -> Outcome | None:
+        if run.cancel_reason is not None and run.cancel_reason != SHUTDOWN:
+            raise asyncio.CancelledError(run.cancel_reason)  # it swallowed its cancellation
+        message = run.message
+        if not message.retention:
+            return DONE
+        now = self._in_flight.now()
+        return Outcome(
+            "complete",
+            math.ceil(now) + message.retention,
+            completed(message, int(now)),
+            encode(result),
+        )
+
+    async def _failed(
+        self, run: Run, entry: Entry, context: Context[Any], error: BaseException
+    ) -> Outcome | None:
+        if run.cancel_reason in (LEASE_LOST, SHUTDOWN):
+            return self._interrupted(run, entry)
+        if isinstance(error, Snooze):
+            return self._snoozed(run, error)
+        if isinstance(error, asyncio.CancelledError) and run.cancel_reason is not None:
+            error = CancelledRun(run.cancel_reason)
+        await self._tell(context, error)
+        return self._failure(run, entry, error)
+
+    def _interrupted(self, run: Run, entry: Entry) -> Outcome | None:
+        """The outcome of a run that its reason to be cancelled decides alone."""
+        if run.cancel_reason == LEASE_LOST:
+            log.warning(
+                "task %r (%r) lost its lease: its outcome is dropped, another worker has it",
+                run.message.id, run.message.type,
+            )  # fmt: skip
+            return None
+        if run.cancel_reason == SHUTDOWN:
+            return REQUEUE
+        return self._failure(run, entry, CancelledRun(run.cancel_reason or CANCELED))
+
+    async def _tell(self, context: Context[Any], error: BaseException) -> None:
+        if self._error_handler is None:
+            return
+        try:
+            answer = self._error_handler(context, error)
+            if isawaitable(answer):
+                await answer
+        except BaseException:  # the outcome of the task must not depend on it
+            log.exception("the error handler failed for task %r", context.task_id)
+
+    def _failure(self, run: Run, entry: Entry, error: BaseException) -> Outcome:
+        message, text = run.message, error_text(error)
+        now = self._in_flight.now()
+        if isinstance(error, RevokeTask):
+            return DONE
+        if (
+            run.final
+            or message.retried >= message.retry
+            or isinstance(error, SkipRetry | InvalidPayloadError)
+        ):
+            _log(logging.ERROR, message, text, "is archived", error)
+            return Outcome("archive", 0, failed(message, text, int(now), retried=False))
+        counts = self._counts(entry, error)
+        delay_s = self._delay(entry, error, run)
+        _log(logging.WARNING, message, text, f"is retried in {delay_s:.3g} s", error)
+        return Outcome(
+            "retry" if counts else "retry_uncounted",
+            math.ceil((now + delay_s) * 1000),
+            failed(message, text, int(now), retried=counts),
+        )
+
+    def _counts(self, entry: Entry, error: BaseException) -> bool:
+        is_failure = entry.is_failure or self._is_failure
+        if is_failure is None:
+            return True
+        try:
+            return bool(is_failure(error))
+        except Exception:
+            log.exception("is_failure itself failed, so the failure counts")
+            return True
+
+    def _delay(self, entry: Entry, error: BaseException, run: Run) -> float:
+        if isinstance(error, Retry):
+            return error.delay_s
+        retried, task = run.message.retried, Context(run).task
+        policy = entry.retry_delay or self._retry_delay
+        try:
+            delay = policy(retried, error, task)
+            return max(0.0, delay if isinstance(delay, int | float) else delay.total_seconds())
+        except Exception:
+            log.exception("the retry delay policy itself failed: Asynq's delay is taken")
+            return asynq_delay(retried, error, task)
+
+    def _snoozed(self, run: Run, error: Snooze) -> Outcome:
+        due_ms = math.ceil((self._in_flight.now() + error.delay_s) * 1000)
+        return Outcome("snooze", due_ms, run.message.SerializeToString())
+
+
+class CancelledRun(AsyncqError):
+    """What a run failed with that was cancelled: by its deadline, or by its id."""
+
+
+def error_text(error: BaseException) -> str:
+    """Return what is kept as a task's error: the type and text, or Asynq's own text."""
+    text = str(error)
+    if isinstance(error, SkipRetry | RevokeTask | Retry):
+        return text or {SkipRetry: "skip retry for the task", RevokeTask: "revoke task"}.get(
+            type(error), "retry"
+        )
+    if isinstance(error, AsyncqError):
+        return text
+    if isinstance(error, asyncio.CancelledError):
+        return CANCELED
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def _deadline(message: TaskMessage, now: float) -> float:
+    if message.timeout > 0 and message.deadline > 0:
+        return min(now + message.timeout, float(message.deadline))
+    if message.deadline > 0:
+        return float(message.deadline)
+    return now + (message.timeout if message.timeout > 0 else DEFAULT_TIMEOUT_S)
+
+
+def _log(level: int, message: TaskMessage, text: str, then: str, error: BaseException) -> None:
+    expected = isinstance(error, CancelledRun | LeaseExpiredError | AsyncqError | Retry | SkipRetry)
+    log.log(
+        level,
+        "task %r (%r) of queue %r failed and %s: %s",
+        message.id, message.type, message.queue, then, ascii(text)[1:-1],
+        exc_info=None if expected else error,
+    )  # fmt: skip

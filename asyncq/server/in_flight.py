@@ -1,0 +1,263 @@
+"""The tasks that run here and the outcomes not yet saved: the one place where the loops meet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final
+
+from asyncq.errors import LeaseExpiredError
+from asyncq.message import TaskMessage
+from asyncq.outcome import REQUEUE, Outcome
+
+Annotate = Callable[[str, str, int, str, bytes], Awaitable[bool]]
+"""Writes (queue, task id, mark, field, value); False when the lease is no longer held."""
+
+CANCELED: Final = "context canceled"  # Asynq's text for a task that was cancelled by id
+DEADLINE: Final = "context deadline exceeded"  # Asynq's text for a timeout or deadline
+LONGEST_SPREAD: Final = 7  # 2^7 ms
+
+SHUTDOWN: Final = "server shutdown"
+LEASE_LOST: Final = "lease lost"
+
+
+class Run:
+    """One execution of a task; `mark` is the proof that the lease is this run's own."""
+
+    __slots__ = (
+        "_lease_lost",
+        "begun",
+        "cancel_reason",
+        "cancelled_at",
+        "client",
+        "deadline_at",
+        "ends_at",
+        "extended_at",
+        "final",
+        "holds_place",
+        "lane",
+        "mark",
+        "message",
+        "started_at",
+        "state",
+        "task",
+        "timer",
+    )
+
+    def __init__(
+        self,
+        lane: Lane,
+        message: TaskMessage,
+        mark: int,
+        started_at: float,
+        deadline_at: float,
+        ends_at: float,
+    ) -> None:
+        self.lane = lane
+        self.message = message
+        self.mark = mark
+        self.started_at = started_at  # unix seconds, by Redis's clock
+        self.deadline_at = deadline_at  # likewise
+        self.ends_at = ends_at  # the same instant, by the event loop's clock
+        self.extended_at = time.monotonic()  # when the lease was last known to be held
+        self.task: asyncio.Task[None] | None = None
+        self.begun = False
+        self.timer: asyncio.TimerHandle | None = None  # for a deadline that is near
+        self.cancel_reason: str | None = None
+        self.cancelled_at: float | None = None  # by the event loop's clock
+        self.final = False  # cancelled with the wish that it is not retried
+        self.holds_place = False  # in a thread, which cannot be stopped, so neither written off
+        self.state: Any = None
+        self.client: Any = None
+        self._lease_lost: asyncio.Event | None = None
+
+    @property
+    def lease_lost(self) -> asyncio.Event:
+        """Set when the lease could not be kept; made when somebody asks for it."""
+        if self._lease_lost is None:
+            self._lease_lost = asyncio.Event()
+            if self.cancel_reason == LEASE_LOST:
+                self._lease_lost.set()
+        return self._lease_lost
+
+    def cancel(self, reason: str) -> None:
+        """Cancel the handler; the first reason counts, but for a lost lease, which always does."""
+        if self.task is None or self.task.done():
+            return
+        if self.cancel_reason is None or (
+            reason == LEASE_LOST and self.cancel_reason != LEASE_LOST
+        ):
+            self.cancel_reason = reason
+            self.cancelled_at = self.cancelled_at or self.task.get_loop().time()
+            if reason == LEASE_LOST and self._lease_lost is not None:
+                self._lease_lost.set()
+            # A task cancelled before its first step never runs, and would leave no outcome.
+            if self.begun:
+                self.task.cancel(reason)
+
+    async def write_result(self, data: bytes) -> None:
+        """Store a result at once.
+
+        Raises:
+            LeaseExpiredError: the task belongs to another worker now.
+        """
+        await self._write("result", data)
+
+    async def write_progress(self, fraction: float, note: str) -> None:
+        """Store how far the run is.
+
+        Raises:
+            LeaseExpiredError: the task belongs to another worker now.
+        """
+        await self._write("progress", json.dumps([fraction, note]).encode())
+
+    def sync_call(self, function: Callable[..., Awaitable[None]], /, *args: Any) -> None:
+        """Run one of the two above from another thread, and wait for it."""
+        assert self.task is not None
+
+        async def call() -> None:
+            await function(*args)
+
+        asyncio.run_coroutine_threadsafe(call(), self.task.get_loop()).result()
+
+    async def _write(self, name: str, value: bytes) -> None:
+        lane = self.lane
+        written = await lane.in_flight.annotate(
+            lane.queue, self.message.id, self.mark, name, value
+        )
+        if not written:
+            raise LeaseExpiredError
+
+
+class Lane:
+    """One queue as this server sees it: what runs, what is to be saved, whether it is empty."""
+
+    def __init__(self, in_flight: InFlight, queue: str, weight: int, limit: int | None) -> None:
+        self.in_flight = in_flight
+        self.queue = queue
+        self.weight = weight
+        self.limit = limit  # the most that may run at once, None: as many as there are places
+        self.runs: dict[str, Run] = {}
+        self.ended: deque[tuple[str, int, str, Outcome]] = deque()  # id, mark, lock, outcome
+        self.turn = 0.0  # tasks taken divided by the weight: the lowest is asked first
+        self.empty = False  # nothing was pending, or it is paused: wait until told otherwise
+        self.rejoins = False  # was empty, so its turn has fallen behind
+        self.told = False  # the next request follows a change, see fruitless
+        self.fruitless = 0  # changes in a row that brought no task: others were faster
+        self.armed = False  # a change of pending or paused will be told
+        self.arm_at = 0.0  # not before this, by the event loop's clock
+        self.due_known = False  # due_at holds, and a change of it will be told
+        self.due_at: float | None = None  # when the next delayed task is due, likewise
+
+    def found(self, tasks: int, wanted: int, now: float) -> None:
+        """Note what a request for `wanted` tasks brought; `now` is the event loop's clock."""
+        if tasks:
+            self.fruitless = 0
+        elif self.told:
+            self.fruitless = min(self.fruitless + 1, LONGEST_SPREAD)
+        self.told = False
+        self.turn -= (wanted - tasks) / self.weight
+        if tasks < wanted:
+            self.empty = self.rejoins = True
+            self.armed = False
+            # Of a hundred idle workers that one push wakes, one gets the task. The others
+            # spread before they listen again, so that they do not all run for the next one.
+            spread_ms = random.uniform(0, 2**self.fruitless) if self.fruitless else 0
+            self.arm_at = now + spread_ms / 1000
+            self.in_flight.unarmed.set()
+
+    def wake(self) -> None:
+        """Something may be pending: ask again."""
+        self.armed = False
+        self.told = True
+        if self.empty:
+            self.empty = False
+            self.in_flight.changed.set()
+
+    def room(self, places: int) -> int:
+        """How many of the free places this queue may take."""
+        return places if self.limit is None else max(0, min(places, self.limit - len(self.runs)))
+
+
+class InFlight:
+    """All lanes of a server, and the places that tasks run in."""
+
+    def __init__(
+        self,
+        queues: dict[str, int],
+        concurrency: int,
+        annotate: Annotate,
+        limits: dict[str, int] | None = None,
+    ) -> None:
+        self.concurrency = concurrency
+        self.annotate = annotate
+        limits = limits or {}
+        self.lanes = {
+            queue: Lane(self, queue, weight, limits.get(queue)) for queue, weight in queues.items()
+        }
+        self.running = 0
+        self.clock_offset = 0.0  # Redis's clock minus ours, from the last answer
+        self.changed = asyncio.Event()  # an outcome, a free place, or a queue to ask again
+        self.unarmed = asyncio.Event()  # there are lanes whose changes would not be told
+        self.due_changed = asyncio.Event()  # a lane's due_at is new
+        self._idle: asyncio.Event | None = None  # made when somebody waits
+        self.handled = 0  # runs ended since the start, for tests and the summary at the end
+
+    @property
+    def free(self) -> int:
+        """How many more tasks may run now."""
+        return self.concurrency - self.running
+
+    def now(self) -> float:
+        """Unix seconds by Redis's clock, as near as the last answer tells."""
+        return time.time() + self.clock_offset
+
+    def runs(self) -> Iterator[Run]:
+        """Every run, in the order of lanes."""
+        for lane in self.lanes.values():
+            # A copy in one step: the heartbeat reads from its own thread.
+            yield from list(lane.runs.values())
+
+    def find(self, task_id: str) -> list[Run]:
+        """The runs of tasks with this id; ids are unique only within a queue."""
+        return [lane.runs[task_id] for lane in self.lanes.values() if task_id in lane.runs]
+
+    def add(self, run: Run) -> None:
+        """Take a place for a run."""
+        run.lane.runs[run.message.id] = run
+        self.running += 1
+
+    def end(self, run: Run, outcome: Outcome | None) -> None:
+        """Give the place back and leave the outcome (`None`: nothing to save) to the pump."""
+        lane, message = run.lane, run.message
+        if lane.runs.get(message.id) is not run:
+            return  # written off before
+        del lane.runs[message.id]
+        self.running -= 1
+        self.handled += 1
+        if not self.running and self._idle is not None:
+            self._idle.set()
+        if run.timer is not None:
+            run.timer.cancel()
+        if outcome is not None:
+            lane.ended.append((message.id, run.mark, message.unique_key, outcome))
+        self.changed.set()
+
+    def put_back(self, lane: Lane, task_id: str, mark: int) -> None:
+        """Leave a task that was taken but not started to the pump, to be put back."""
+        lane.ended.append((task_id, mark, "", REQUEUE))
+        self.changed.set()
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        while self.running:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
+
+    def unsaved(self) -> int:
+        """How many outcomes wait to be saved."""
+        return sum(len(lane.ended) for lane in self.lanes.values())

@@ -1,0 +1,80 @@
+"""The contract of every loop: `run` says when, `tick` does one pass and says how much it did."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from abc import ABC, abstractmethod
+from typing import Final
+
+from asyncq.errors import BrokerError
+
+log = logging.getLogger("asyncq.server")
+
+LONGEST_PAUSE_S: Final = 5.0
+SAY_AGAIN_S: Final = 60.0
+
+
+class Loop(ABC):
+    """A loop that does one pass every `interval_s` seconds, and goes on when Redis is away."""
+
+    name = "loop"
+
+    def __init__(self, interval_s: float) -> None:
+        self.interval_s = interval_s
+        self.woken = asyncio.Event()
+        self.ticks = 0
+        self._trouble = Trouble(self.name)
+
+    @abstractmethod
+    async def tick(self) -> int:
+        """Do one pass and return how much was done."""
+
+    async def run(self) -> None:
+        """Tick until cancelled; what a tick needs of Redis is tried again after a pause."""
+        # Spread, so that servers started together do not ask Redis in the same instant.
+        await self.sleep(random.uniform(0, min(1.0, self.interval_s)))
+        while True:
+            pause_s = self.interval_s
+            try:
+                await self.tick()
+                self._trouble.over()
+            except BrokerError as error:
+                pause_s = self._trouble.pause_s(error)
+            self.ticks += 1
+            await self.sleep(pause_s)
+
+    async def sleep(self, pause_s: float | None) -> None:
+        """Wait until woken, or until `pause_s` seconds have passed."""
+        try:
+            async with asyncio.timeout(pause_s):
+                await self.woken.wait()
+        except TimeoutError:
+            pass
+        self.woken.clear()
+
+
+class Trouble:
+    """Redis is away: says so once, and again each minute, and how long to pause."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._pause_s = 0.0
+        self._said_at = -SAY_AGAIN_S
+
+    def pause_s(self, error: Exception) -> float:
+        """Note a failure and return the seconds to wait: 0.1 at first, doubling up to 5."""
+        self._pause_s = min(max(0.1, self._pause_s * 2), LONGEST_PAUSE_S)
+        now = asyncio.get_running_loop().time()
+        if now - self._said_at >= SAY_AGAIN_S:
+            self._said_at = now
+            log.warning("%s: %s; trying again until it works", self._who, error)
+        return self._pause_s * random.uniform(0.5, 1)
+
+    def over(self) -> None:
+        """Note a success."""
+        if self._pause_s:
+            log.info("%s: Redis answers again", self._who)
+        self._pause_s = 0.0
+        self._said_at = -SAY_AGAIN_S

@@ -1,0 +1,211 @@
+"""The pump saves outcomes and takes new tasks, in one script call a queue."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+
+from asyncq.broker.broker import BATCH, Answered, Broker, Request
+from asyncq.errors import BrokerError, MalformedMessageError
+from asyncq.message import decode, quarantined
+from asyncq.outcome import Outcome
+from asyncq.server.execution import Execution
+from asyncq.server.in_flight import InFlight, Lane
+from asyncq.server.loop import Trouble
+
+log = logging.getLogger("asyncq.server")
+
+
+class Pump:
+    """Batches by pressure, not by timer: while one round trip is under way the next batch gathers.
+
+    A task is taken only when a place is free. Places are dealt by weight to the queues not
+    known to be empty; with `strict`, the queues are asked one after the other, highest first.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        in_flight: InFlight,
+        execution: Execution,
+        server_id: str,
+        *,
+        strict: bool = False,
+    ) -> None:
+        self._broker = broker
+        self._in_flight = in_flight
+        self._execution = execution
+        self._server_id = server_id
+        self._strict = strict
+        self._lanes = sorted(in_flight.lanes.values(), key=lambda lane: -lane.weight)
+        self._sequences = itertools.count(1)
+        self._unanswered: dict[Lane, Request] = {}  # to be sent again as they are
+        self._trouble = Trouble("pump")
+        self._quiet = asyncio.Event()  # the last tick found nothing to do
+        self._fetching = True
+        self._put_back = False  # what a fetch under way brings is not started any more
+
+    def stop_fetching(self) -> None:
+        """Take no more tasks; outcomes are still saved."""
+        self._fetching = False
+        self._put_back = True
+        self._in_flight.changed.set()
+
+    async def run(self) -> None:
+        """Pump until cancelled. A fetch under way must not be: await `drained` first."""
+        while True:
+            self._in_flight.changed.clear()
+            if not await self.tick():
+                self._quiet.set()
+                await self._in_flight.changed.wait()
+
+    async def drained(self) -> None:
+        """Wait until no request is unanswered and every outcome is saved."""
+        while self._unanswered or self._in_flight.unsaved():
+            self._quiet.clear()
+            self._in_flight.changed.set()
+            await self._quiet.wait()
+
+    async def tick(self) -> int:
+        """Do one round trip for every queue that needs one; return the number of requests."""
+        if self._strict:
+            return await self._one_after_the_other()
+        requests = self._requests()
+        await self._send(requests)
+        return len(requests)
+
+    async def _one_after_the_other(self) -> int:
+        """Ask each queue only when those above it have been asked in this round.
+
+        A queue above that is known to be empty is asked as well: whoever enqueued there a
+        moment ago may have had the answer before we were told.
+        """
+        sent = 0
+        last = max((i for i, lane in enumerate(self._lanes) if not lane.empty), default=-1)
+        for i, lane in enumerate(self._lanes):
+            want = lane.room(self._places()) if i <= last else 0
+            requests = self._request(lane, min(want, BATCH))
+            await self._send(requests)
+            sent += len(requests)
+        return sent
+
+    def _requests(self) -> dict[Lane, Request]:
+        wants = self._share(self._places())
+        requests: dict[Lane, Request] = {}
+        for lane in self._lanes:
+            requests |= self._request(lane, wants.get(lane, 0))
+        return requests
+
+    def _request(self, lane: Lane, want: int) -> dict[Lane, Request]:
+        """What to send to one queue, if anything; an unanswered request goes first, as it is."""
+        if again := self._unanswered.get(lane):
+            return {lane: again}
+        if not want and not lane.ended:
+            return {}
+        request = Request(lane.queue, next(self._sequences), want)
+        for _ in range(min(len(lane.ended), BATCH)):
+            request.save(*lane.ended.popleft())
+        lane.turn += want / lane.weight
+        return {lane: request}
+
+    def _places(self) -> int:
+        if not self._fetching:
+            return 0
+        return self._in_flight.free - sum(r.want for r in self._unanswered.values())
+
+    def _share(self, places: int) -> dict[Lane, int]:
+        """Deal places: each goes to the queue that has had the least for its weight."""
+        rooms = {
+            lane: min(room, BATCH)
+            for lane in self._lanes
+            if not lane.empty and lane not in self._unanswered and (room := lane.room(places)) > 0
+        }
+        if len(rooms) <= 1:
+            return rooms
+        self._let_rejoin(list(rooms))
+        turns = {lane: lane.turn for lane in rooms}
+        wants = dict.fromkeys(rooms, 0)
+        for _ in range(places):
+            lane = min(turns, key=turns.__getitem__)
+            wants[lane] += 1
+            turns[lane] += 1 / lane.weight
+            if wants[lane] == rooms[lane]:
+                del turns[lane]
+                if not turns:
+                    break
+        return wants
+
+    def _let_rejoin(self, lanes: list[Lane]) -> None:
+        """A queue that was empty starts level with the others; it does not catch up."""
+        level = min((lane.turn for lane in lanes if not lane.rejoins), default=0.0)
+        for lane in lanes:
+            if lane.rejoins:
+                lane.turn = max(lane.turn, level)
+                lane.rejoins = False
+
+    async def _send(self, requests: dict[Lane, Request]) -> None:
+        if not requests:
+            return
+        self._unanswered |= requests
+        try:
+            answers = await self._broker.pump(self._server_id, list(requests.values()))
+        except BrokerError as error:
+            answers = [error] * len(requests)
+        failure: BrokerError | None = None
+        for (lane, request), answer in zip(requests.items(), answers, strict=True):
+            if isinstance(answer, BrokerError):
+                failure = answer
+            else:
+                del self._unanswered[lane]
+                self._take(lane, request, answer)
+        if failure is None:
+            self._trouble.over()
+        else:
+            await asyncio.sleep(self._trouble.pause_s(failure))
+
+    def _take(self, lane: Lane, request: Request, answer: Answered) -> None:
+        self._in_flight.clock_offset = answer.now - time.time()
+        _report(lane.queue, answer)
+        for task_id, raw in zip(answer.ids, answer.messages, strict=True):
+            try:
+                message = decode(task_id, lane.queue, raw)
+            except MalformedMessageError as error:
+                self._quarantine(lane, task_id, answer.mark, raw, error)
+                continue
+            if self._put_back or task_id in lane.runs:
+                self._in_flight.put_back(lane, task_id, answer.mark)
+            else:
+                self._execution.start(lane, message, answer.mark, answer.now)
+        if request.want:
+            got = len(answer.ids) + len(answer.ghosts)
+            lane.found(got, request.want, asyncio.get_running_loop().time())
+
+    def _quarantine(
+        self, lane: Lane, task_id: str, mark: int, raw: bytes, error: MalformedMessageError
+    ) -> None:
+        log.error(
+            "task %r of queue %r is quarantined in archived, its bytes are kept: %s",
+            task_id, lane.queue, error,
+        )  # fmt: skip
+        message = quarantined(
+            task_id, lane.queue, raw, str(error), int(self._in_flight.now())
+        )
+        lane.ended.append((task_id, mark, "", Outcome("quarantine", 0, message)))
+        self._in_flight.changed.set()
+
+
+def _report(queue: str, answer: Answered) -> None:
+    for task_id in answer.refused:
+        log.warning(
+            "task %r of queue %r: the lease was lost before its outcome was saved; another "
+            "worker has the task, and the outcome is dropped",
+            task_id, queue,
+        )  # fmt: skip
+    for task_id, error in answer.broken:
+        log.error(
+            "queue %r: Redis could not carry on with task %r: %s", queue, task_id or "-", error
+        )
+    for task_id in answer.ghosts:
+        log.warning("task %r of queue %r is gone: only its id was pending", task_id, queue)

@@ -1,0 +1,78 @@
+"""The recoverer carries on with tasks whose worker died: the lease ended, or is missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from asyncq.broker.broker import BATCH, Broker, Expired
+from asyncq.errors import BrokerError, LeaseExpiredError, MalformedMessageError
+from asyncq.message import decode, failed, quarantined
+from asyncq.server.in_flight import InFlight
+from asyncq.server.loop import Loop
+
+log = logging.getLogger("asyncq.server")
+
+INTERVAL_S: Final = 5.0
+"""A crash is noticed within this after the lease's end; Asynq looks every 60 s."""
+
+
+class Recoverer(Loop):
+    """Recovery costs one retry, as in Asynq, but the task is due at once."""
+
+    name = "recoverer"
+
+    def __init__(
+        self,
+        broker: Broker,
+        in_flight: InFlight,
+        *,
+        is_failure: Callable[[BaseException], bool] | None = None,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        super().__init__(interval_s)
+        self._broker = broker
+        self._in_flight = in_flight
+        self._is_failure = is_failure
+
+    async def tick(self) -> int:
+        """Recover what can be in every queue; one that fails does not keep the others waiting."""
+        recovered, failure = 0, None
+        for queue in self._in_flight.lanes:
+            try:
+                while found := await self._broker.expired(queue):
+                    moved = await self._recover(queue, found)
+                    recovered += moved
+                    if len(found) < BATCH or not moved:
+                        break
+            except BrokerError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return recovered
+
+    async def _recover(self, queue: str, found: Sequence[Expired]) -> int:
+        now_s = int(self._in_flight.now())
+        moves = [self._move(queue, expired, now_s) for expired in found]
+        moved = await self._broker.recover(queue, moves)
+        if moved:
+            log.warning("queue %r: recovered %d tasks whose worker was gone", queue, moved)
+        return moved
+
+    def _move(
+        self, queue: str, found: Expired, now_s: int
+    ) -> tuple[Expired, str, int | str, bytes]:
+        if not found.message:
+            return found, "forget", 0, b""
+        try:
+            message = decode(found.id, queue, found.message)
+        except MalformedMessageError as error:
+            raw = quarantined(found.id, queue, found.message, str(error), now_s)
+            return found, "quarantine", 0, raw
+        error = LeaseExpiredError()
+        if message.retried >= message.retry:
+            return found, "archive", 0, failed(message, str(error), now_s, retried=False)
+        counts = self._is_failure is None or self._is_failure(error)
+        kind = "retry" if counts else "retry_uncounted"
+        return found, kind, "now", failed(message, str(error), now_s, retried=counts)
