@@ -1,0 +1,463 @@
+"""Puts tasks on queues: concurrent calls travel together, each with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from datetime import timedelta
+from typing import Any, Final, Literal, TypeAlias, Unpack, cast, overload
+
+from typing_extensions import TypeVar
+
+from asyncq.broker.broker import BATCH, Broker, NewTask
+from asyncq.broker.events import Listener
+from asyncq.broker.inspection import StoredTask, find_task
+from asyncq.broker.keys import queue_keys
+from asyncq.clock import from_unix
+from asyncq.errors import (
+    AsyncqError,
+    MalformedMessageError,
+    PayloadTooLargeError,
+    TaskFailedError,
+    TaskNotFoundError,
+)
+from asyncq.message import TaskMessage, decode
+from asyncq.settings import redis_url
+from asyncq.task import (
+    DEFAULT_QUEUE,
+    Plan,
+    Progress,
+    Task,
+    TaskHandle,
+    TaskInfo,
+    TaskOptions,
+    TaskState,
+    TaskType,
+)
+
+R = TypeVar("R")
+
+MAX_PAYLOAD_BYTES: Final = 1024 * 1024
+
+EnqueueNext: TypeAlias = Callable[[Task[Any]], Awaitable[TaskHandle[Any]]]
+EnqueueMiddleware: TypeAlias = Callable[[Task[Any], EnqueueNext], Awaitable[TaskHandle[Any]]]
+"""`async def (task, call_next)`: adds headers by `task.with_options(headers=...)`, or spans."""
+M = TypeVar("M", bound=EnqueueMiddleware)
+
+
+class Client:
+    """Puts tasks on queues, and looks after them by their handles.
+
+    `redis` is a URL: redis://, rediss://, unix://, redis-socket:// or embedded://PATH (default:
+    `ASYNCQ_REDIS_URL`, else redis://localhost:6379/0). A payload of more than
+    `max_payload_bytes` (1 MiB) is refused. Use it in `async with`, or `open` and `close` it.
+
+    Raises:
+        OptionError: the URL makes no sense.
+    """
+
+    def __init__(
+        self, redis: str | None = None, *, max_payload_bytes: int = MAX_PAYLOAD_BYTES
+    ) -> None:
+        self._broker = Broker(redis_url() if redis is None else redis)
+        self._max_payload_bytes = max_payload_bytes
+        self._middleware: list[EnqueueMiddleware] = []
+        self._waiting: dict[str, list[tuple[NewTask, asyncio.Future[AsyncqError | None]]]] = {}
+        self._flushers: dict[str, asyncio.Task[None]] = {}
+        self._ends = Ends(self._broker)
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            BrokerUnavailableError: Redis does not answer.
+            BrokerError: Redis refuses us, or is older than 6.2.
+        """
+        await self._broker.open()
+
+    async def close(self) -> None:
+        """Finish what is being sent, and disconnect; repeating it does nothing."""
+        while self._flushers:
+            await asyncio.gather(*self._flushers.values())
+        await self._ends.close()
+        await self._broker.close()
+
+    async def __aenter__(self) -> Client:
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def use(self, middleware: M) -> M:
+        """Wrap every enqueue; usable as a decorator. The first registered is the outermost."""
+        self._middleware.append(middleware)
+        return middleware
+
+    # Enqueueing
+
+    async def enqueue(self, task: Task[R], /, **options: Unpack[TaskOptions]) -> TaskHandle[R]:
+        """Put a task into its queue; options given here win over the task's own.
+
+        Calls made at the same time travel together, in one script call a queue.
+
+        Raises:
+            TypeError: an option is unknown.
+            OptionError: the value of an option makes no sense.
+            PayloadTooLargeError: the payload is over the limit.
+            TaskIDConflictError: the id is in use.
+            DuplicateTaskError: another task holds the uniqueness lock.
+            BrokerFullError: Redis is at its memory limit.
+            EnqueueUncertainError: the connection died after the request had left.
+            BrokerError: Redis refused, or (BrokerUnavailableError) could not be reached.
+        """
+        if self._middleware:
+            return await self._through_middleware(
+                task.with_options(**options) if options else task
+            )
+        return await self._enqueue(task, cast(dict[str, Any], options))
+
+    @overload
+    async def enqueue_many(
+        self,
+        tasks: Iterable[Task[R]] | AsyncIterable[Task[R]],
+        *,
+        return_exceptions: Literal[False] = False,
+    ) -> list[TaskHandle[R]]: ...
+    @overload
+    async def enqueue_many(
+        self,
+        tasks: Iterable[Task[R]] | AsyncIterable[Task[R]],
+        *,
+        return_exceptions: Literal[True],
+    ) -> list[TaskHandle[R] | AsyncqError]: ...
+    async def enqueue_many(
+        self,
+        tasks: Iterable[Task[Any]] | AsyncIterable[Task[Any]],
+        *,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Put many tasks into their queues, 250 a call, and return their handles in order.
+
+        A refused task does not keep the others out. With `return_exceptions` its error stands
+        in its place, else the first error is raised when all others are in.
+
+        Raises:
+            AsyncqError: as `enqueue` does.
+        """
+        results: list[TaskHandle[Any] | AsyncqError] = []
+        async for chunk in _chunks(tasks):
+            results += await self._enqueue_chunk(chunk)
+        if not return_exceptions:
+            for result in results:
+                if isinstance(result, AsyncqError):
+                    raise result
+        return results
+
+    async def _through_middleware(self, task: Task[Any]) -> TaskHandle[Any]:
+        async def innermost(task: Task[Any]) -> TaskHandle[Any]:
+            return await self._enqueue(task, None)
+
+        following: EnqueueNext = innermost
+        for middleware in reversed(self._middleware):
+            following = _wrap(middleware, following)
+        return await following(task)
+
+    async def _enqueue(self, task: Task[Any], options: dict[str, Any] | None) -> TaskHandle[Any]:
+        plan = task.plan(time.time(), options)
+        new = self._new(task, plan)
+        queue = plan.queue
+        future = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.get(queue)
+        if waiting is None:
+            self._waiting[queue] = waiting = []
+        waiting.append((new, future))
+        if queue not in self._flushers:
+            self._flushers[queue] = asyncio.create_task(self._flush(queue, waiting))
+        error: AsyncqError | None = await future
+        if error is not None:
+            raise error
+        return TaskHandle(new.id, queue, self, task.result_codec)
+
+    async def _flush(
+        self, queue: str, waiting: list[tuple[NewTask, asyncio.Future[AsyncqError | None]]]
+    ) -> None:
+        """Send what waits; while one call is under way, the next batch gathers."""
+        try:
+            while waiting:
+                batch = waiting[:BATCH]
+                del waiting[:BATCH]
+                try:
+                    refused = await self._broker.enqueue(queue, [new for new, _ in batch])
+                except BaseException as error:
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+                    raise
+                for (_, future), error in zip(batch, refused, strict=True):
+                    if not future.done():
+                        future.set_result(error)
+        finally:
+            del self._flushers[queue]
+
+    async def _enqueue_chunk(
+        self, tasks: list[Task[Any]]
+    ) -> list[TaskHandle[Any] | AsyncqError]:
+        if self._middleware:
+            done = await asyncio.gather(
+                *(self._through_middleware(task) for task in tasks), return_exceptions=True
+            )
+            return [_ours(result) for result in done]
+        now = time.time()
+        results: list[TaskHandle[Any] | AsyncqError] = []
+        by_queue: dict[str, list[tuple[int, NewTask]]] = {}
+        for task in tasks:
+            try:
+                plan = task.plan(now)
+                new = self._new(task, plan)
+            except AsyncqError as error:
+                results.append(error)
+                continue
+            by_queue.setdefault(plan.queue, []).append((len(results), new))
+            results.append(TaskHandle(new.id, plan.queue, self, task.result_codec))
+        for queue, rows in by_queue.items():
+            refused = await self._broker.enqueue(queue, [new for _, new in rows])
+            for (i, _), error in zip(rows, refused, strict=True):
+                if error is not None:
+                    results[i] = error
+        return results
+
+    def _new(self, task: Task[Any], plan: Plan) -> NewTask:
+        payload = task.payload
+        if payload is not None and len(payload) > self._max_payload_bytes:
+            raise PayloadTooLargeError(task.type, len(payload), self._max_payload_bytes)
+        task_id = plan.task_id or str(uuid.uuid4())
+        message = TaskMessage(
+            type=task.type,
+            payload=payload,
+            id=task_id,
+            queue=plan.queue,
+            retry=plan.max_retry,
+            timeout=plan.timeout_s,
+            deadline=plan.deadline_unix,
+            retention=plan.retention_s,
+        )
+        if plan.headers:
+            message.headers.update(plan.headers)
+        if plan.group is not None:
+            message.group_key = plan.group
+        now = time.time()
+        later = plan.process_at_s is not None and plan.process_at_s > now
+        at_ms = math.ceil(plan.process_at_s * 1000) if later and plan.process_at_s else None
+        lock, lock_s = None, 0
+        if plan.unique_s is not None:
+            lock = queue_keys(plan.queue).unique(task.type, _digest(payload, plan.unique_key))
+            message.unique_key = lock
+            # Held from the time the task is due. Rounded up: Asynq cuts, up to 1 s short.
+            wait_s = plan.process_at_s - now if later and plan.process_at_s else 0.0
+            lock_s = math.ceil(plan.unique_s + wait_s)
+        return NewTask(
+            task_id, task.type, message.SerializeToString(), at_ms, plan.group, lock, lock_s
+        )
+
+    # By id
+
+    @overload
+    def handle(self, task_id: str, *, queue: str = DEFAULT_QUEUE) -> TaskHandle[Any]: ...
+    @overload
+    def handle(
+        self, task_id: str, *, queue: str | None = None, of: TaskType[Any, R]
+    ) -> TaskHandle[R]: ...
+    def handle(
+        self, task_id: str, *, queue: str | None = None, of: TaskType[Any, Any] | None = None
+    ) -> TaskHandle[Any]:
+        """Make a handle of an id; `of` gives the queue and the type of the result."""
+        if of is not None:
+            return TaskHandle(task_id, queue or of.plan.queue, self, of.result_codec)
+        return TaskHandle(task_id, queue or DEFAULT_QUEUE, self)
+
+    async def task_info(self, task_id: str, queue: str) -> TaskInfo:
+        """Return what Redis holds of a task.
+
+        Raises:
+            TaskNotFoundError: it is not there, or not any more.
+            MalformedMessageError: its bytes are no message.
+            BrokerError: Redis refused, or could not be reached.
+        """
+        stored = await find_task(self._broker, queue, task_id)
+        if stored is None:
+            raise TaskNotFoundError(task_id, queue, "it may be done, and nothing of it was kept")
+        return _info(stored)
+
+    async def wait_result(self, task_id: str, queue: str, timeout_s: float | None) -> bytes:
+        """Wait until a task has ended and return its result; see `TaskHandle.result`."""
+        async with asyncio.timeout(timeout_s):
+            return await self._ends.wait(task_id, queue)
+
+    async def cancel(self, task_id: str, queue: str, retry: bool) -> None:
+        """Cancel a running task, wherever it runs; see `TaskHandle.cancel`."""
+        await self._broker.cancel(task_id, retry=retry)
+
+
+class Ends:
+    """Waits for the ends of tasks without polling: Redis tells when a task's hash changes."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._changed: dict[str, set[asyncio.Event]] = {}
+        self._listener = Listener(broker.pool, self._on_change)
+        self._listening: asyncio.Task[None] | None = None
+
+    async def wait(self, task_id: str, queue: str) -> bytes:
+        """Return the result of a task once it has one."""
+        if self._listening is None:
+            self._listening = asyncio.create_task(self._listener.run())
+        key = queue_keys(queue).task(task_id)
+        changed = asyncio.Event()
+        events = self._changed.setdefault(key, set())
+        events.add(changed)
+        try:
+            return await self._wait(task_id, queue, key, changed)
+        finally:
+            events.discard(changed)
+            if not events:
+                self._changed.pop(key, None)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        if self._listening is not None:
+            listening, self._listening = self._listening, None
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _wait(self, task_id: str, queue: str, key: str, changed: asyncio.Event) -> bytes:
+        was_there = False
+        while True:
+            await self._connected()
+            changed.clear()
+            ((state, raw, result),) = await self._listener.read(
+                ["HMGET", key, "state", "msg", "result"]
+            )
+            if raw is None:
+                raise _gone(task_id, queue, was_there)
+            was_there = True
+            if state == b"completed":
+                return result or b""
+            message = _decoded(task_id, queue, raw)
+            if state == b"archived":
+                raise TaskFailedError(task_id, queue, message.error_msg or "archived")
+            if not message.retention:
+                raise TaskNotFoundError(
+                    task_id, queue, "it keeps no result to wait for; enqueue it with retention=..."
+                )
+            await changed.wait()
+
+    async def _connected(self) -> None:
+        assert self._listening is not None
+        connected = asyncio.create_task(self._listener.connected.wait())
+        await asyncio.wait({connected, self._listening}, return_when=asyncio.FIRST_COMPLETED)
+        connected.cancel()
+        if self._listening.done():
+            self._listening.result()  # raises why Redis does not let us listen
+
+    def _on_change(self, key: str | None) -> None:
+        if key is None:
+            for events in self._changed.values():
+                for event in events:
+                    event.set()
+        else:
+            for event in self._changed.get(key, ()):
+                event.set()
+
+
+def _gone(task_id: str, queue: str, was_there: bool) -> AsyncqError:
+    if was_there:
+        return TaskFailedError(task_id, queue, "it was revoked or deleted")
+    return TaskNotFoundError(task_id, queue, "it may be done, and nothing of it was kept")
+
+
+def _decoded(task_id: str, queue: str, raw: bytes) -> TaskMessage:
+    try:
+        return decode(task_id, queue, raw)
+    except MalformedMessageError as error:
+        raise TaskFailedError(task_id, queue, str(error)) from None
+
+
+def _digest(payload: bytes | None, unique_key: str | None) -> str:
+    """What stands for the payload in a lock: Asynq's MD5, nothing for nil, or the caller's key."""
+    if unique_key is not None:
+        return unique_key
+    return "" if payload is None else hashlib.md5(payload, usedforsecurity=False).hexdigest()
+
+
+def _wrap(middleware: EnqueueMiddleware, following: EnqueueNext) -> EnqueueNext:
+    return lambda task: middleware(task, following)
+
+
+def _ours(result: TaskHandle[Any] | BaseException) -> TaskHandle[Any] | AsyncqError:
+    if isinstance(result, BaseException) and not isinstance(result, AsyncqError):
+        raise result
+    return result
+
+
+async def _chunks(
+    tasks: Iterable[Task[Any]] | AsyncIterable[Task[Any]],
+) -> AsyncIterator[list[Task[Any]]]:
+    chunk: list[Task[Any]] = []
+    if isinstance(tasks, AsyncIterable):
+        async for task in tasks:
+            chunk.append(task)
+            if len(chunk) == BATCH:
+                yield chunk
+                chunk = []
+    else:
+        for task in tasks:
+            chunk.append(task)
+            if len(chunk) == BATCH:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
+
+def _info(stored: StoredTask) -> TaskInfo:
+    message = stored.message
+    return TaskInfo(
+        id=message.id,
+        queue=message.queue,
+        type=message.type,
+        payload=message.payload or None,
+        state=TaskState(stored.state),
+        max_retry=message.retry,
+        retried=message.retried,
+        last_error=message.error_msg,
+        last_failed_at=from_unix(message.last_failed_at) if message.last_failed_at else None,
+        timeout=timedelta(seconds=message.timeout) if message.timeout else None,
+        deadline=from_unix(message.deadline) if message.deadline else None,
+        group=message.group_key or None,
+        next_process_at=None if stored.next_at is None else from_unix(stored.next_at),
+        retention=timedelta(seconds=message.retention),
+        completed_at=from_unix(message.completed_at) if message.completed_at else None,
+        result=stored.result,
+        headers=dict(message.headers),
+        progress=_progress(stored.progress),
+    )
+
+
+def _progress(raw: bytes | None) -> Progress | None:
+    if raw is None:
+        return None
+    try:
+        fraction, note = json.loads(raw)
+        return Progress(float(fraction), str(note))
+    except (ValueError, TypeError):
+        return None
