@@ -198,10 +198,10 @@ class Client:
                 del waiting[:BATCH]
                 try:
                     refused = await self._broker.enqueue(queue, [new for new, _ in batch])
-                except BaseException as error:
+                except BaseException as failure:
                     for _, future in batch:
                         if not future.done():
-                            future.set_exception(error)
+                            future.set_exception(failure)
                     raise
                 for (_, future), error in zip(batch, refused, strict=True):
                     if not future.done():
@@ -224,8 +224,8 @@ class Client:
             try:
                 plan = task.plan(now)
                 new = self._new(task, plan)
-            except AsyncqError as error:
-                results.append(error)
+            except AsyncqError as refusal:
+                results.append(refusal)
                 continue
             by_queue.setdefault(plan.queue, []).append((len(results), new))
             results.append(TaskHandle(new.id, plan.queue, self, task.result_codec))

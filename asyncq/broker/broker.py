@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from asyncq.broker import keys
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, first_error
+from asyncq.broker.connection import Answer, ConnectionLostError, Pool, first_error, text
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import SCRIPTS, Arg, Command
 from asyncq.errors import (
@@ -143,7 +143,7 @@ class Broker:
             refused[row - 1] = (
                 TaskIDConflictError(task.id, queue)
                 if reason == b"conflict"
-                else DuplicateTaskError(task.type, queue, holder.decode(), task.lock or "")
+                else DuplicateTaskError(task.type, queue, text(holder), task.lock or "")
             )
         return refused
 
@@ -178,7 +178,7 @@ class Broker:
                     _keys("extend", queue), prefix=queue_keys(queue).prefix, runs=rows
                 )
             )
-            lost += [task_id.decode() for task_id in ids]
+            lost += [text(task_id) for task_id in ids]
         return lost
 
     async def expired(self, queue: str, limit: int = BATCH) -> list[Expired]:
@@ -188,7 +188,7 @@ class Broker:
                 _keys("expired", queue), prefix=queue_keys(queue).prefix, limit=limit
             )
         )
-        return [Expired(task_id.decode(), score, message) for task_id, score, message in found]
+        return [Expired(text(task_id), score, message) for task_id, score, message in found]
 
     async def recover(
         self, queue: str, moves: Iterable[tuple[Expired, str, int | str, bytes]]
@@ -303,9 +303,9 @@ def _answered(answer: list[Any]) -> Answered:
     return Answered(
         int(seconds) + int(micros) / 1e6,
         mark,
-        [task_id.decode() for task_id in refused],
-        [(task_id.decode(), error.decode(errors="replace")) for task_id, error in broken],
-        [task_id.decode(errors="replace") for task_id in ghosts],
-        [task_id.decode(errors="surrogateescape") for task_id in ids],
+        [text(task_id) for task_id in refused],
+        [(text(task_id), error.decode(errors="replace")) for task_id, error in broken],
+        [text(task_id) for task_id in ghosts],
+        [text(task_id) for task_id in ids],
         messages,
     )

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import hiredis
 import redis.asyncio as aioredis
 from redis import exceptions
 from redis.asyncio.retry import Retry
@@ -25,6 +26,7 @@ POOL_SIZE: Final = 16
 _TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
               "MISCONF", "UNBLOCKED", "max number of clients")  # fmt: skip
 
+_pack: Any = hiredis.pack_command  # its stub knows no tuples of several items
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError)
 _REFUSED = (exceptions.AuthenticationError, exceptions.BusyLoadingError)
 
@@ -117,16 +119,14 @@ class Pool:
             # One timeout for the whole call: redis-py's own would start a task for each write.
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 await self._ready(connection)
-                packed = connection.pack_commands(
-                    [c.by_digest if isinstance(c, Command) else c for c in commands]
-                )
+                packed = [pack(c.by_digest if isinstance(c, Command) else c) for c in commands]
                 sent = True
                 await connection.send_packed_command(packed, check_health=False)
                 answers = [await _answer(connection) for _ in commands]
                 for i, command in enumerate(commands):
                     # A script that Redis lost is sent again, alone: its neighbours have run.
                     if isinstance(answers[i], _NoScript) and isinstance(command, Command):
-                        await connection.send_command(*command.by_text)
+                        await connection.send_packed_command([pack(command.by_text)])
                         answers[i] = await _answer(connection)
                 return answers
         except exceptions.RedisError as error:
@@ -200,6 +200,23 @@ async def _answer(connection: Any) -> Answer:
         raise
     except exceptions.RedisError as error:
         return translate(error)
+
+
+def pack(command: Sequence[Arg]) -> bytes:
+    """Write a command as Redis reads it (redis-py's asyncio connections do it in Python)."""
+    packed: bytes
+    try:
+        packed = _pack(tuple(command))
+    except UnicodeEncodeError:  # an id that was read from Redis and is no UTF-8, see `text`
+        packed = _pack(
+            tuple(a.encode("utf-8", "surrogateescape") if isinstance(a, str) else a for a in command)
+        )
+    return packed
+
+
+def text(raw: bytes) -> str:
+    """Decode what any program may have written, such as an id; `pack` gives the same bytes back."""
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def first_error(answers: Iterable[Answer]) -> BrokerError | None:

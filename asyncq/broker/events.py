@@ -11,7 +11,7 @@ from typing import Any, Final
 import redis.asyncio as aioredis
 from redis import exceptions
 
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, first_error, translate
+from asyncq.broker.connection import Answer, ConnectionLostError, Pool, first_error, pack, text, translate
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import Arg
 from asyncq.errors import BrokerUnavailableError
@@ -72,7 +72,7 @@ class Listener:
 
     async def _listen(self, connection: aioredis.Connection) -> None:
         self._was_connected = False
-        parser: Any = connection._parser  # type: ignore[attr-defined]
+        parser: Any = connection._parser
         parser.invalidation_push_handler_func = self._invalidated
         parser.pubsub_push_handler_func = self._published
         try:
@@ -105,7 +105,7 @@ class Listener:
         while self._answers:
             future = self._answers.popleft()
             if not future.done():
-                future.set_exception(
+                future.set_result(
                     ConnectionLostError(ConnectionError("closed"), self._pool.where, sent=True)
                 )
 
@@ -124,7 +124,7 @@ class Listener:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await connection.send_packed_command(
-                    connection.pack_commands(commands), check_health=False
+                    [pack(command) for command in commands], check_health=False
                 )
                 answers = [await future for future in futures]
         except (TimeoutError, OSError, exceptions.RedisError) as error:
@@ -168,14 +168,12 @@ class Listener:
 
     async def _invalidated(self, push: Any) -> object:
         for key in push[1] or [None]:  # no keys: the whole database was flushed
-            self._on_change(None if key is None else key.decode(errors="replace"))
+            self._on_change(None if key is None else text(key))
         return _PUSHED
 
     async def _published(self, push: Any) -> object:
         if push[0] == b"message" and self._on_message is not None:
-            self._on_message(
-                push[1].decode(errors="replace"), push[2].decode("utf-8", "surrogateescape")
-            )
+            self._on_message(text(push[1]), text(push[2]))
         return _PUSHED
 
 

@@ -313,7 +313,7 @@ class Server:
         self.abandoned = self._execution.abandon()
 
     async def _wait_for_handlers(self, timeout_s: float, *, forcible: bool = True) -> None:
-        waits = [asyncio.create_task(self._in_flight.idle())]
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._in_flight.idle())]
         if forcible:
             waits.append(asyncio.create_task(self._forced.wait()))
         await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

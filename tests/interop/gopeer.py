@@ -15,22 +15,25 @@ import os
 import shutil
 import signal
 import subprocess
-from base64 import b64decode, b64encode
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Required, Self, TypedDict, TypeVar
+from typing import Any, Literal, Required, Self, TypedDict
+
+from tests.interop.process import (
+    MAX_LINE_BYTES,
+    ServerProcess,
+    ServerProcessError,
+    json_line,
+    read_record,
+)
 
 SOURCES = Path(__file__).parent / "go"
 CACHE = Path(__file__).parents[2] / ".cache" / "interop"
 # Where Go's own installer puts it; a CI job's PATH often lacks it.
 GO_INSTALL_DIR = "/usr/local/go/bin"
-# A line holds a whole payload in base64, several times the limit of asyncio's streams.
-MAX_LINE_BYTES = 64 * 1024 * 1024
-
-T = TypeVar("T")
 
 
 class GoPeerError(RuntimeError):
@@ -112,23 +115,6 @@ def go_url(url: str) -> str:
 
 
 # Records: what the program answers
-
-
-@dataclass(frozen=True, slots=True)
-class TaskEvent:
-    """One start or end of a task in a Go server; `err` is empty for success."""
-
-    event: Literal["start", "end"]
-    id: str
-    at_ns: int
-    type: str = ""
-    queue: str = ""
-    retry_count: int = 0
-    max_retry: int = 0
-    payload: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    deadline_unix: int = 0
-    err: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,16 +247,6 @@ class Measurement:
     acked_rate: float = 0.0
 
 
-def _read(shape: type[T], raw: Mapping[str, Any]) -> T:
-    """Make a record of a JSON object, whose `*_b64` members are bytes (null: empty)."""
-    return shape(
-        **{
-            name.removesuffix("_b64"): b64decode(value or "") if name.endswith("_b64") else value
-            for name, value in raw.items()
-        }
-    )
-
-
 # One call of the program
 
 
@@ -312,7 +288,7 @@ async def go_enqueue(
     """
     flags = [f"-concurrency={concurrency}", f"-interval={_duration(interval_s)}"]
     lines = await _call("enqueue", url, flags, map(_task_line, tasks), timeout)
-    return sorted((_read(Enqueued, line) for line in lines), key=lambda answer: answer.index)
+    return sorted((read_record(Enqueued, line) for line in lines), key=lambda answer: answer.index)
 
 
 def _task_line(task: GoTask) -> dict[str, Any]:
@@ -337,7 +313,7 @@ async def go_struct_unique(
     """
     flags = [f"-type={type}", f"-queue={queue}", f"-unique={_duration(unique_s)}"]
     lines = await _call("struct-unique", url, flags, values, timeout)
-    return [_read(UniqueAnswer, line) for line in lines]
+    return [read_record(UniqueAnswer, line) for line in lines]
 
 
 async def go_bench_enqueue(
@@ -355,7 +331,7 @@ async def go_bench_enqueue(
     """
     flags = [f"-n={n}", f"-concurrency={concurrency}", f"-queue={queue}", f"-pool={pool}"]
     (line,) = await _call("bench-enqueue", url, flags, (), timeout)
-    return _read(Measurement, line)
+    return read_record(Measurement, line)
 
 
 async def go_bench_drain(
@@ -374,7 +350,7 @@ async def go_bench_drain(
     flags = [f"-n={n}", f"-concurrency={concurrency}", f"-pool={pool}"]
     flags += [f"-queues={_weights(queues)}", f"-timeout={_duration(timeout)}"]
     (line,) = await _call("bench-drain", url, flags, (), timeout + 5)
-    return _read(Measurement, line)
+    return read_record(Measurement, line)
 
 
 async def _call(
@@ -387,7 +363,7 @@ async def _call(
     """Run one subcommand to its end and return its output lines."""
     process = await _spawn(command, url, flags)
     try:
-        text = "".join(map(_line, lines))
+        text = "".join(map(json_line, lines))
         out, err = await asyncio.wait_for(process.communicate(text.encode()), timeout)
     finally:
         if process.returncode is None:
@@ -411,11 +387,6 @@ async def _spawn(command: str, url: str, flags: Sequence[str]) -> asyncio.subpro
     )
 
 
-def _line(value: Mapping[str, object]) -> str:
-    # Go keeps escapes as they come, so é must go over as é.
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
 def _duration(seconds: float) -> str:
     return f"{round(seconds * 1e9)}ns"
 
@@ -427,15 +398,16 @@ def _weights(queues: Mapping[str, int] | None) -> str:
 # Programs that go on running
 
 
-class GoServer:
+class GoServer(ServerProcess):
     """A Go Asynq server in a process of its own, for `async with`.
 
-    Inside the block it is registered and hears cancelations. `started` and `ended` collect what its
-    handlers report. `handler` names what every task does, or is "type": the part of the task type
-    before the first colon decides (see README.md). Durations are seconds; None is Asynq's default,
-    which for `retry_delay_s` is its formula. `command` "bench-pickup" reports only starts, with id
-    and time.
+    Inside the block it is registered and hears cancelations. `handler` names what every task does,
+    or is "type": the part of the task type before the first colon decides (see README.md).
+    Durations are seconds; None is Asynq's default, which for `retry_delay_s` is its formula.
+    `command` "bench-pickup" reports only starts, with id and time.
     """
+
+    name = "the Go server"
 
     def __init__(
         self,
@@ -456,11 +428,9 @@ class GoServer:
         log_level: str = "error",
         command: Literal["serve", "bench-pickup"] = "serve",
     ) -> None:
-        self.started: list[TaskEvent] = []
-        self.ended: list[TaskEvent] = []
+        super().__init__(shutdown_timeout_s)
         self._url = url
         self._command = command
-        self._shutdown_timeout_s = shutdown_timeout_s
         self._flags = [
             "-stop-on-eof",
             f"-queues={_weights(queues)}",
@@ -480,152 +450,25 @@ class GoServer:
                 f"-result={str(result).lower()}",
                 f"-ignore-cancel={str(ignore_cancel).lower()}",
             ]
-        self._life: set[str] = set()
-        self._errors: deque[str] = deque(maxlen=100)
-        self._changed = asyncio.Event()
-        self._process: asyncio.subprocess.Process | None = None
-        self._readers: list[asyncio.Task[None]] = []
 
-    async def __aenter__(self) -> Self:
-        self._process = await _spawn(self._command, self._url, self._flags)
-        self._readers = [
-            asyncio.create_task(self._read_events(), name="events of the Go server"),
-            asyncio.create_task(self._read_errors(), name="errors of the Go server"),
-        ]
-        try:
-            await self.wait_for(lambda: "ready" in self._life, timeout=30)
-        except BaseException:
-            await self.kill()
-            raise
-        return self
+    async def spawn(self) -> asyncio.subprocess.Process:
+        """Start `peer`."""
+        return await _spawn(self._command, self._url, self._flags)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            await self.kill()
-            return
-        await self.stop()
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._running.pid
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit code: None while it runs, 0 after a graceful end, -9 after `kill`."""
-        return self._running.returncode
-
-    @property
-    def errors(self) -> str:
-        """The last 100 lines of what the server logged."""
-        return "\n".join(self._errors)
-
-    async def wait_for(self, condition: Callable[[], bool], timeout: float = 10.0) -> None:
-        """Wait until `condition`, which is asked again after each event, is true.
-
-        Raises `TimeoutError` after `timeout` seconds, `GoPeerError` if the server ends before.
-        """
-        try:
-            async with asyncio.timeout(timeout):
-                while not condition():
-                    self._check_alive()
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            raise TimeoutError(
-                f"not within {timeout} s: the Go server saw {len(self.started)} starts and"
-                f" {len(self.ended)} ends. It logged: {self.errors or 'nothing'}"
-            ) from None
-
-    async def wait_started(self, n: int, timeout: float = 10.0) -> list[TaskEvent]:
-        """Wait until `n` starts were reported and return them all; raises as `wait_for`."""
-        await self.wait_for(lambda: len(self.started) >= n, timeout)
-        return list(self.started)
-
-    async def wait_ended(self, n: int, timeout: float = 10.0) -> list[TaskEvent]:
-        """Wait until `n` ends were reported and return them all; raises as `wait_for`.
-
-        Go acknowledges a task after its handler has returned: the state in Redis may follow.
-        """
-        await self.wait_for(lambda: len(self.ended) >= n, timeout)
-        return list(self.ended)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal: SIGSTOP and SIGCONT freeze and thaw, SIGTSTP means no new tasks."""
-        self._running.send_signal(number)
+    async def ready(self) -> None:
+        """Wait until the server is registered and hears cancelations."""
+        await self.wait_for(lambda: self.reached("ready"), timeout=30)
 
     async def stop_fetching(self, timeout: float = 10.0) -> None:
         """Send SIGTSTP and wait until the server takes no new tasks."""
         self.signal(signal.SIGTSTP)
-        await self.wait_for(lambda: "stopped" in self._life, timeout)
+        await self.wait_for(lambda: self.reached("stopped"), timeout)
 
-    async def stop(self) -> None:
-        """Shut down gracefully (SIGTERM) and wait for the end; nothing if it has ended.
-
-        Raises `GoPeerError` if the server does not end in time or not with exit code 0.
-        """
-        if not self._readers:
-            return
-        if self._running.returncode is None:
-            self.signal(signal.SIGTERM)
-            self.signal(signal.SIGCONT)  # a stopped process does not hear SIGTERM
-        try:
-            # Besides the tasks, Asynq waits for an idle fetcher's sleep, 1.5 s by default.
-            await asyncio.wait_for(self._running.wait(), self._shutdown_timeout_s + 10)
-        except TimeoutError:
-            await self.kill()
-            raise GoPeerError(f"the Go server ignored SIGTERM: {self.errors}") from None
-        await self._end()
-        if self._running.returncode != 0 or "closed" not in self._life:
-            raise GoPeerError(f"the Go server ended with {self.returncode}: {self.errors}")
-
-    async def kill(self) -> None:
-        """Kill the process (SIGKILL) and wait for its end."""
-        if self._running.returncode is None:
-            self._running.kill()
-        await self._end()
-
-    async def _end(self) -> None:
-        await asyncio.gather(*self._readers)
-        await self._running.wait()
-        self._readers = []
-        if self._running.stdin is not None:
-            self._running.stdin.close()
-
-    async def _read_events(self) -> None:
-        assert self._running.stdout is not None
-        async for line in self._running.stdout:
-            raw = json.loads(line)
-            match raw["event"]:
-                case "start":
-                    self.started.append(_read(TaskEvent, raw))
-                case "end":
-                    self.ended.append(_read(TaskEvent, raw))
-                case other:
-                    self._life.add(other)
-            self._changed.set()
-        self._life.add("gone")
-        self._changed.set()
-
-    async def _read_errors(self) -> None:
-        assert self._running.stderr is not None
-        async for line in self._running.stderr:
-            self._errors.append(line.decode(errors="replace").rstrip())
-
-    def _check_alive(self) -> None:
-        if "gone" in self._life:
-            raise GoPeerError(f"the Go server is gone: {self.errors or 'it logged nothing'}")
-
-    @property
-    def _running(self) -> asyncio.subprocess.Process:
-        if self._process is None:
-            raise GoPeerError("the Go server was not started: use `async with`")
-        return self._process
+    async def wait_gone(self) -> None:
+        """Wait for the end, which the server must have reported; raises as `stop`."""
+        await super().wait_gone()
+        if not self.reached("closed"):
+            raise ServerProcessError(f"the Go server ended without closing: {self.errors}")
 
 
 class GoInspector:
@@ -660,7 +503,7 @@ class GoInspector:
             raise GoPeerError("the Go inspector was not started: use `async with`")
         async with self._turn:
             try:
-                process.stdin.write(_line({"cmd": cmd, **fields}).encode())
+                process.stdin.write(json_line({"cmd": cmd, **fields}).encode())
                 line = await asyncio.wait_for(process.stdout.readline(), timeout)
             except BaseException:
                 process.kill()  # or the next command would read this one's reply
@@ -679,28 +522,28 @@ class GoInspector:
 
     async def queue_info(self, queue: str) -> GoQueueInfo:
         """Return the counters of a queue."""
-        return _read(GoQueueInfo, await self.ask("queue_info", queue=queue))
+        return read_record(GoQueueInfo, await self.ask("queue_info", queue=queue))
 
     async def task_info(self, queue: str, id: str) -> GoTaskInfo:
         """Return one task; code task_not_found if there is none."""
-        return _read(GoTaskInfo, await self.ask("task_info", queue=queue, id=id))
+        return read_record(GoTaskInfo, await self.ask("task_info", queue=queue, id=id))
 
     async def list_tasks(
         self, queue: str, state: str, *, page: int = 1, size: int = 30, group: str = ""
     ) -> list[GoTaskInfo]:
         """Return one page of the tasks in a state; `size` 0 is all of them."""
         rows = await self.ask("list", queue=queue, state=state, page=page, size=size, group=group)
-        return [_read(GoTaskInfo, row) for row in rows]
+        return [read_record(GoTaskInfo, row) for row in rows]
 
     async def servers(self) -> list[GoServerInfo]:
         """Return the running servers with what they work on."""
         return [
-            _read(
+            read_record(
                 GoServerInfo,
                 {
                     **row,
                     "active_workers": tuple(
-                        _read(GoWorkerInfo, worker) for worker in row["active_workers"]
+                        read_record(GoWorkerInfo, worker) for worker in row["active_workers"]
                     ),
                 },
             )
@@ -709,7 +552,7 @@ class GoInspector:
 
     async def history(self, queue: str, days: int) -> list[GoDay]:
         """Return the counters of the last days, today first."""
-        return [_read(GoDay, row) for row in await self.ask("history", queue=queue, days=days)]
+        return [read_record(GoDay, row) for row in await self.ask("history", queue=queue, days=days)]
 
     async def delete_task(self, queue: str, id: str) -> None:
         """Delete a task that is not active."""

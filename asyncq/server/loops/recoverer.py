@@ -70,9 +70,9 @@ class Recoverer(Loop):
         except MalformedMessageError as error:
             raw = quarantined(found.id, queue, found.message, str(error), now_s)
             return found, "quarantine", 0, raw
-        error = LeaseExpiredError()
+        lost = LeaseExpiredError()
         if message.retried >= message.retry:
-            return found, "archive", 0, failed(message, str(error), now_s, retried=False)
-        counts = self._is_failure is None or self._is_failure(error)
+            return found, "archive", 0, failed(message, str(lost), now_s, retried=False)
+        counts = self._is_failure is None or self._is_failure(lost)
         kind = "retry" if counts else "retry_uncounted"
-        return found, kind, "now", failed(message, str(error), now_s, retried=counts)
+        return found, kind, "now", failed(message, str(lost), now_s, retried=counts)

@@ -43,10 +43,10 @@ class Watcher:
             for lane in self._in_flight.lanes.values():
                 lane.wake()
                 lane.due_known = False
-        elif lane := self._pending.get(key):
-            lane.wake()
-        elif lane := self._delayed.get(key):
-            lane.due_known = False
+        elif key in self._pending:
+            self._pending[key].wake()
+        elif key in self._delayed:
+            self._delayed[key].due_known = False
         self._in_flight.unarmed.set()
 
     async def run(self, listener: Listener) -> None:

@@ -231,12 +231,14 @@ func runBenchPickup(args []string) error {
 		return err
 	}
 	out := newLineWriter(os.Stdout)
-	return serve(opt, server, asynq.HandlerFunc(func(ctx context.Context, _ *asynq.Task) error {
+	handler := asynq.HandlerFunc(func(ctx context.Context, _ *asynq.Task) error {
 		at := time.Now().UnixNano()
 		id, _ := asynq.GetTaskID(ctx)
 		out.write(pickup{"start", id, at})
 		return nil
-	}), out)
+	})
+	nothingBlocks := func(release) error { return nil }
+	return serve(opt, server, handler, nothingBlocks, out)
 }
 
 type pickup struct {

@@ -25,14 +25,15 @@ type handlerSettings struct {
 // A handler runs each task in its mode and reports its start and end.
 type handler struct {
 	handlerSettings
-	out *lineWriter
+	out   *lineWriter
+	gates gates
 }
 
 func newHandler(settings handlerSettings, out *lineWriter) (*handler, error) {
 	if settings.mode != modeByType && modes[settings.mode] == nil {
 		return nil, fmt.Errorf("-handler: unknown mode %q; known: %s", settings.mode, strings.Join(modeNames(), ", "))
 	}
-	return &handler{settings, out}, nil
+	return &handler{handlerSettings: settings, out: out}, nil
 }
 
 // A taskEvent is the output line of one start or end.
@@ -103,16 +104,20 @@ func (h *handler) run(ctx context.Context, task *asynq.Task) error {
 
 type mode func(ctx context.Context, h *handler, task *asynq.Task) error
 
-var modes = map[string]mode{
-	"echo":     echo,
-	"sleep":    sleepAsTyped,
-	"fail":     fail,
-	"flaky":    failOnce,
-	"skip":     skipRetry,
-	"revoke":   revoke,
-	"panic":    panicOnPurpose,
-	"block":    block,
-	"notfound": asNotFound,
+var modes map[string]mode
+
+func init() { // not at the declaration, since block looks modes up
+	modes = map[string]mode{
+		"echo":     echo,
+		"sleep":    sleepAsTyped,
+		"fail":     fail,
+		"flaky":    failOnce,
+		"skip":     skipRetry,
+		"revoke":   revoke,
+		"panic":    panicOnPurpose,
+		"block":    block,
+		"notfound": asNotFound,
+	}
 }
 
 func modeNames() []string {
@@ -191,10 +196,16 @@ func panicOnPurpose(_ context.Context, _ *handler, task *asynq.Task) error {
 	panic(task.Type() + " panicked on purpose")
 }
 
-// block waits for its context; with -ignore-cancel it never returns.
-func block(ctx context.Context, _ *handler, _ *asynq.Task) error {
-	<-ctx.Done()
-	return ctx.Err()
+// block waits for its context, or goes on in the mode it is released to; with -ignore-cancel only
+// a release ends it.
+func block(ctx context.Context, h *handler, task *asynq.Task) error {
+	id, _ := asynq.GetTaskID(ctx)
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case name := <-h.gates.of(id):
+		return modes[name](ctx, h, task)
+	}
 }
 
 func asNotFound(ctx context.Context, _ *handler, task *asynq.Task) error {

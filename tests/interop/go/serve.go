@@ -5,7 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"strconv"
@@ -43,7 +42,7 @@ func addServerFlags(flags *flag.FlagSet, concurrency int) *serverFlags {
 	flags.DurationVar(&s.config.JanitorInterval, "janitor", 0, "0 is Asynq's default, 8s")
 	flags.DurationVar(&s.delay, "retry-delay", -1, "delay of every retry; negative is Asynq's formula")
 	flags.Var(&s.config.LogLevel, "log-level", "debug, info, warn, error or fatal (default error)")
-	flags.BoolVar(&s.stopOnEOF, "stop-on-eof", false, "shut down when stdin ends, so that no server outlives its test")
+	flags.BoolVar(&s.stopOnEOF, "stop-on-eof", false, "read releases from stdin, and shut down when it ends, so that no server outlives its test")
 	return s
 }
 
@@ -94,12 +93,14 @@ func runServe(args []string) error {
 	if err != nil {
 		return usageError{err}
 	}
-	return serve(opt, server, handler, out)
+	return serve(opt, server, handler, handler.gates.release, out)
 }
 
 // serve runs a server until SIGTERM, SIGINT or the end of stdin, and reports ready, stopped
 // (SIGTSTP: no new tasks) and closed.
-func serve(opt asynq.RedisConnOpt, flags *serverFlags, handler asynq.Handler, out *lineWriter) error {
+func serve(
+	opt asynq.RedisConnOpt, flags *serverFlags, handler asynq.Handler, onRelease func(release) error, out *lineWriter,
+) error {
 	config, err := flags.complete()
 	if err != nil {
 		return err
@@ -108,7 +109,14 @@ func serve(opt asynq.RedisConnOpt, flags *serverFlags, handler asynq.Handler, ou
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGTSTP)
 	if flags.stopOnEOF {
 		go func() {
-			_, _ = io.Copy(io.Discard, os.Stdin)
+			err := eachLine(os.Stdin, func(_ int, r release) {
+				if err := onRelease(r); err != nil {
+					fmt.Fprintf(os.Stderr, "peer: %v\n", err)
+				}
+			})
+			if err != nil {
+				fmt.Fprintf(os.Stderr, "peer: %v\n", err)
+			}
 			signals <- unix.SIGTERM
 		}()
 	}
