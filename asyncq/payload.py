@@ -223,6 +223,7 @@ def encode(value: object) -> bytes | None:
 _BYTES: tuple[type[Any], ...] = (bytes, bytearray, memoryview)
 _SETS: tuple[type[Any], ...] = (set, frozenset)
 _SEQUENCES: tuple[type[Any], ...] = (list, tuple)
+_MAPPING: type[Any] = Mapping
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _MAY_HOLD_FLOATS = {"any", "callable", "enum", "float", "function-plain", "is-instance", "literal"}
 _NOT_FINITE = re.compile(rb"NaN|Infinity")
@@ -264,8 +265,8 @@ class _Rewriter:
         elif kind.endswith("-field"):
             kept = False
 
-        serialization: Any = schema.get("serialization")
-        if serialization is not None:
+        serialization: dict[str, Any] = schema.get("serialization", {})
+        if serialization:
             self.kinds.add(serialization["type"])
             kept = kept or serialization["type"] == "function-plain"
             if "schema" in serialization:
@@ -277,7 +278,7 @@ class _Rewriter:
         if kept:
             return _utf8_bytes(new) if kind == "bytes" and _BYTES_KEYS.isdisjoint(own) else new
         go = _go_serialization(new, own)
-        if go is not None and serialization is None:
+        if go is not None and not serialization:
             new["serialization"] = go
         elif go is not None and serialization["type"] == "function-wrap":
             wrapped = {key: new[key] for key in new.keys() - {"ref"}} | {"serialization": go}
@@ -375,15 +376,14 @@ def _base64(value: Any) -> str:
     return b2a_base64(value, newline=False).decode("ascii")
 
 
-def _rfc3339(value: Any) -> str:
+def _rfc3339(value: Any) -> datetime | str:
     if not isinstance(value, datetime):
         raise _unexpected("datetime", value)
+    if value.microsecond % 10 or not value.microsecond:
+        return value  # pydantic writes it as Go would, and fast
     text = value.isoformat()
-    if text.endswith("+00:00"):
-        text = text[:-6] + "Z"
-    if value.microsecond and value.microsecond % 10 == 0:
-        text = text[:26].rstrip("0") + text[26:]
-    return text
+    offset = text[26:]
+    return text[:26].rstrip("0") + ("Z" if offset == "+00:00" else offset)
 
 
 def _sorted(value: Any) -> list[Any]:
@@ -397,14 +397,15 @@ def _sorted(value: Any) -> list[Any]:
 
 def _builtins(value: Any) -> Any:
     """Turn a value of unknown type into what pydantic writes as Go would."""
-    kind: Any = cast("Any", type(value))
+    kind: type[Any] = type(value)
     if kind in _SCALARS:
         return value
-    if kind is dict or isinstance(value, Mapping):
-        items = cast("Mapping[Any, Any]", value).items()
-        return {key: item if type(item) in _SCALARS else _builtins(item) for key, item in items}
     if isinstance(value, _SEQUENCES):
         return [item if type(item) in _SCALARS else _builtins(item) for item in value]
+    if kind is dict or isinstance(value, _MAPPING):
+        return {
+            key: item if type(item) in _SCALARS else _builtins(item) for key, item in value.items()
+        }
     if isinstance(value, _BYTES):
         return _base64(value)
     if isinstance(value, _SETS):

@@ -18,10 +18,12 @@ __all__ = [
     "ModuleFailedError",
     "ModuleMissingError",
     "load",
+    "traceback_of",
 ]
 
 # Also "<": the frames of Python's own import system are of the file "<frozen importlib...>".
 _NOT_THE_USERS = ("<", __file__, *(sysconfig.get_path(k) for k in ("stdlib", "purelib", "platlib")))
+_IMPORTING = ("<frozen importlib", __file__, importlib.__file__)
 
 
 class ImportFromStringError(AsyncqError):
@@ -90,6 +92,15 @@ def load(target: str, *, directory: Path | None = None) -> object:
         except AttributeError:
             raise AttributeMissingError(module_name, attribute, found, name) from None
     return found
+
+
+def traceback_of(error: ModuleFailedError) -> str:
+    """The module's own traceback, without the frames that only import it."""
+    assert error.__cause__ is not None
+    told = traceback.TracebackException.from_exception(error.__cause__)
+    frames = [frame for frame in told.stack if not frame.filename.startswith(_IMPORTING)]
+    told.stack = traceback.StackSummary.from_list(frames)
+    return "".join(told.format())
 
 
 def _split(target: str) -> tuple[str, str]:

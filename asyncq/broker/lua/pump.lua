@@ -25,57 +25,23 @@ if before then
   end
 end
 
+-- What another program made of these keys is seen before anything is written.
+for key, kind in pairs({ [pending] = 'list', [active] = 'list', [lease] = 'zset' }) do
+  local found = redis.call('TYPE', key).ok
+  if found ~= kind and found ~= 'none' then
+    return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. found .. ', not a ' .. kind)
+  end
+end
+
 local refused, broken = {}, {}
 
-if done_n > 0 then
-  local ids = {}
-  for i = 1, done_n do
-    ids[i] = ARGV[done_at + i * 2 - 1]
-  end
-  local scores = redis.call('ZMSCORE', lease, unpack(ids))
-  local held, hashes = {}, {}
-  for i, id in ipairs(ids) do
-    if holds(scores[i], ARGV[done_at + i * 2]) then
-      held[#held + 1] = id
-      hashes[#hashes + 1] = prefix .. 't:' .. id
-    else
-      refused[#refused + 1] = id
-    end
-  end
-  if #held > 0 then
-    redis.call('ZREM', lease, unpack(held))
-    redis.call('UNLINK', unpack(hashes))
-    for _, id in ipairs(held) do
-      redis.call('LREM', active, 1, id)
-    end
-    processed_n = processed_n + #held
-  end
-end
-
-for i = 1, moves_n do
-  local row = moves_at + (i - 1) * 7
-  local id = ARGV[row + 2]
-  if holds(redis.call('ZSCORE', lease, id), ARGV[row + 3]) then
-    local moved, problem = pcall(
-      moves_by_kind[ARGV[row + 1]], id, prefix .. 't:' .. id,
-      ARGV[row + 4], ARGV[row + 5], ARGV[row + 6], ARGV[row + 7])
-    if not moved then
-      broken[#broken + 1] = { id, type(problem) == 'table' and problem.err or tostring(problem) }
-    end
-  else
-    refused[#refused + 1] = id
-  end
-end
-trim_archive()
-count(processed, failed, processed_n, failed_n)
-
+-- Taking comes first: were lease emptied by the saving, it would start again as a small zset,
+-- in which every addition compares the scores of all members.
 local taken, messages, ghosts = {}, {}, {}
 local run_mark = 0
 if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 then
-  local ids = redis.pcall('RPOP', pending, want) or {}
-  if ids.err then -- not a list: what was saved above stays saved
-    broken[#broken + 1] = { '', ids.err }
-  elseif #ids > 0 then
+  local ids = redis.call('RPOP', pending, want) or {}
+  if #ids > 0 then
     run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
     local ends, leases = lease_until(now_s, run_mark), {}
     for _, id in ipairs(ids) do
@@ -100,6 +66,53 @@ if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 then
       redis.call('ZADD', lease, unpack(leases))
     end
   end
+end
+
+if done_n > 0 then
+  local ids = {}
+  for i = 1, done_n do
+    ids[i] = ARGV[done_at + i * 2 - 1]
+  end
+  local scores = redis.call('ZMSCORE', lease, unpack(ids))
+  local held, hashes = {}, {}
+  for i, id in ipairs(ids) do
+    if holds(scores[i], ARGV[done_at + i * 2]) then
+      held[#held + 1] = id
+      hashes[#hashes + 1] = prefix .. 't:' .. id
+    else
+      refused[#refused + 1] = id
+    end
+  end
+  if #held > 0 then
+    redis.call('ZREM', lease, unpack(held))
+    redis.call('UNLINK', unpack(hashes))
+    for _, id in ipairs(held) do
+      redis.call('LREM', active, -1, id)
+    end
+    processed_n = processed_n + #held
+  end
+end
+
+for i = 1, moves_n do
+  local row = moves_at + (i - 1) * 7
+  local id = ARGV[row + 2]
+  if holds(redis.call('ZSCORE', lease, id), ARGV[row + 3]) then
+    local moved, problem = pcall(
+      moves_by_kind[ARGV[row + 1]], id, prefix .. 't:' .. id,
+      ARGV[row + 4], ARGV[row + 5], ARGV[row + 6], ARGV[row + 7])
+    if not moved then
+      broken[#broken + 1] = { id, type(problem) == 'table' and problem.err or tostring(problem) }
+    end
+  else
+    refused[#refused + 1] = id
+  end
+end
+local counted, problem = pcall(function()
+  trim_archive()
+  count(processed, failed, processed_n, failed_n)
+end)
+if not counted then -- the tasks are where they belong; only what is kept about them is broken
+  broken[#broken + 1] = { '', type(problem) == 'table' and problem.err or tostring(problem) }
 end
 
 redis.call('SET', last, cmsgpack.pack({ sequence, run_mark, refused, broken, taken }), 'EX', 60)

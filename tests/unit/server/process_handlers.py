@@ -133,7 +133,7 @@ def say(ctx: Context) -> None:
     ctx.log.info("from the context", extra={"step": 3})
 
 
-ERRORS = {
+ERRORS: dict[str, Callable[[], BaseException]] = {
     "retry": lambda: Retry(7, "busy"),
     "skip": lambda: SkipRetry("useless"),
     "revoke": lambda: RevokeTask("gone"),
@@ -221,14 +221,13 @@ def decorated(number: int) -> int:
     return number + 1
 
 
-@mux.task("first", executor="process")
-def same_name() -> str:
-    return "first"
+def _make(text: str) -> Callable[[], str]:
+    def same_name() -> str:
+        return text
+
+    same_name.__qualname__ = "same_name"
+    return same_name
 
 
-first_of_the_name = same_name
-
-
-@mux.task("second", executor="process")
-def same_name() -> str:  # type: ignore[no-redef]
-    return "second"
+same_name = mux.task("first", executor="process")(_make("first"))
+same_name = mux.task("second", executor="process")(_make("second"))

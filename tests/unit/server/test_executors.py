@@ -560,7 +560,7 @@ async def test_a_process_that_dies_fails_its_task_only(
         await dying
     assert caught.value.exit_code == exit_code
     assert await other
-    assert len(set(await asyncio.gather(*(call(executors, "pid") for _ in range(6))))) <= 2
+    assert await call(executors, "decorated", b"4") == 50
 
 
 async def test_a_process_that_dies_while_it_is_idle_is_replaced(executors: Executors) -> None:
@@ -587,7 +587,7 @@ async def test_a_cancelled_process_handler_is_killed_with_what_it_started(
 
 
 async def test_a_process_handler_is_cancelled_before_it_has_begun(executors: Executors) -> None:
-    for pause_s in (0, 0, 0.01, 0.05, 0.1):
+    for pause_s in (0, 0, 0.02, 0.1):
         running = asyncio.create_task(call(executors, "end", b'"exit"'))
         await asyncio.sleep(pause_s)
         running.cancel()

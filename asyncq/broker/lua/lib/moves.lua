@@ -6,10 +6,10 @@ local TRIM = 1000 -- ids a call, since unpack fails near 8,000
 
 local processed_n, failed_n, archived_n = 0, 0, 0
 
--- A young run stands at the head of active, so the search starts there.
+-- What was taken first mostly ends first, and stands at the tail of active.
 local function leave_active(id)
   redis.call('ZREM', lease, id)
-  redis.call('LREM', active, 1, id)
+  redis.call('LREM', active, -1, id)
 end
 
 local function release(lock, id)
