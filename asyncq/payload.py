@@ -194,13 +194,16 @@ class Codec(Generic[T]):
         start = f"not a valid {self._name}:"
         if isinstance(error, RecursionError):
             return PayloadError(f"{start} it is nested too deeply")
+        count = error.error_count()
+        if count > _TOO_MANY:
+            return PayloadError(f"{start} {count} problems")
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         lines = [_line(problem["loc"], problem["msg"]) for problem in problems[:_MOST_LINES]]
-        if len(problems) == 1:
+        if count == 1:
             return PayloadError(f"{start} {lines[0]}")
-        if len(problems) > len(lines):
-            lines.append(f"and {len(problems) - len(lines)} more")
-        return PayloadError("\n  ".join((f"{start} {len(problems)} problems", *lines)))
+        if count > len(lines):
+            lines.append(f"and {count - len(lines)} more")
+        return PayloadError("\n  ".join((f"{start} {count} problems", *lines)))
 
 
 def encode(value: object) -> bytes | None:
@@ -238,6 +241,7 @@ _ESCAPES = (
 # Together with the name and the rest, 1 KiB: what a worker writes to Redis as the last error.
 _MOST_LINES = 4
 _MOST_BYTES_A_LINE = 200
+_TOO_MANY = 1000  # pydantic tells of all or none, a microsecond or more each
 
 
 class _Rewriter:
@@ -264,6 +268,9 @@ class _Rewriter:
             self._look_at_class(schema.get("cls"), new)
         elif kind.endswith("-field"):
             kept = False
+        elif kind in ("list", "tuple", "set", "frozenset", "deque"):
+            # One bad item archives the task; to tell of a million would hold up the event loop.
+            new["fail_fast"] = True
 
         serialization: dict[str, Any] = schema.get("serialization", {})
         if serialization:
@@ -272,8 +279,10 @@ class _Rewriter:
             if "schema" in serialization:
                 inner = self.rewrite(serialization["schema"], own, kept=kept)
                 new["serialization"] = {**serialization, "schema": inner}
-        for key in _INNER_SCHEMAS & schema.keys():
-            new[key] = self._rewrite_inner(schema[key], own, kept)
+        if kind in ("model-fields", "typed-dict") and own.get("extra_fields_behavior") == "allow":
+            new.setdefault("extras_schema", {"type": "any"})
+        for key in _INNER_SCHEMAS & new.keys():
+            new[key] = self._rewrite_inner(new[key], own, kept)
 
         if kept:
             return _utf8_bytes(new) if kind == "bytes" and _BYTES_KEYS.isdisjoint(own) else new
@@ -331,8 +340,7 @@ _INNER_SCHEMAS = frozenset(
 def _go_config(own: CoreConfig) -> CoreConfig:
     config = own.copy()
     if _BYTES_KEYS.isdisjoint(own):
-        # Reads standard base64 too. Writes the URL-safe one, but only where no type is known.
-        config["val_json_bytes"] = config["ser_json_bytes"] = "base64"
+        config["val_json_bytes"] = "base64"  # reads the standard alphabet and the URL-safe one
     if _FLOAT_KEYS.isdisjoint(own):
         config["allow_inf_nan"] = False
         config["ser_json_inf_nan"] = "constants"  # so that they are found, and refused
@@ -397,7 +405,7 @@ def _sorted(value: Any) -> list[Any]:
 
 def _builtins(value: Any) -> Any:
     """Turn a value of unknown type into what pydantic writes as Go would."""
-    kind: type[Any] = type(value)
+    kind: Any = value.__class__
     if kind in _SCALARS:
         return value
     if isinstance(value, _SEQUENCES):
@@ -466,10 +474,11 @@ def _is_raw(schema: Any) -> bool:
 
 
 def _name(shape: Any, adapter: TypeAdapter[Any]) -> str:
-    text = repr(adapter).removeprefix("TypeAdapter(").removesuffix(")")
     if get_origin(shape) is Annotated:
-        text = getattr(shape.__origin__, "__name__", str(shape.__origin__))
-    return _clip(text, 100)
+        shape = shape.__origin__
+    if isinstance(shape, type):
+        return _clip(shape.__name__, 100)
+    return _clip(repr(adapter).removeprefix("TypeAdapter(").removesuffix(")"), 100)
 
 
 def _line(location: tuple[int | str, ...], problem: str) -> str:
@@ -478,7 +487,8 @@ def _line(location: tuple[int | str, ...], problem: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if "RecursionError" in repr(error):
+    text = repr(error)
+    if "RecursionError" in text or "Circular reference" in text or "depth exceeded" in text:
         return "it refers to itself, or is nested too deeply"
     return _clip(str(error).rpartition("Error: ")[2], _MOST_BYTES_A_LINE)
 

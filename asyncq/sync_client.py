@@ -14,15 +14,15 @@ from asyncq.errors import AsyncqError
 from asyncq.task import Seconds, Task, TaskHandle, TaskInfo, TaskOptions, TaskType
 
 R = TypeVar("R")
-T = TypeVar("T", covariant=True, default=Any)
+T_co = TypeVar("T_co", covariant=True, default=Any)
 
 
-class SyncTaskHandle(Generic[T]):
+class SyncTaskHandle(Generic[T_co]):
     """An enqueued task, known by its id and queue; each call waits for its answer."""
 
     __slots__ = ("_handle", "_portal", "id", "queue")
 
-    def __init__(self, handle: TaskHandle[T], portal: BlockingPortal) -> None:
+    def __init__(self, handle: TaskHandle[T_co], portal: BlockingPortal) -> None:
         self.id = handle.id
         self.queue = handle.queue
         self._handle = handle
@@ -32,13 +32,13 @@ class SyncTaskHandle(Generic[T]):
         """Return what Redis holds of the task; raises as `TaskHandle.info` does."""
         return self._portal.call(self._handle.info)
 
-    def result(self, *, timeout: Seconds | None = None) -> T:
+    def result(self, *, timeout: Seconds | None = None) -> T_co:
         """Wait for the task's result; raises as `TaskHandle.result` does."""
 
-        async def result() -> T:
+        async def result() -> T_co:
             return await self._handle.result(timeout=timeout)
 
-        awaited: T = self._portal.call(result)
+        awaited: T_co = self._portal.call(result)
         return awaited
 
     def cancel(self, *, retry: bool = True) -> None:

@@ -60,8 +60,8 @@ class Request:
     queue: str
     sequence: int
     want: int = 0
-    done: list[Arg] = field(default_factory=list)
-    moves: list[Arg] = field(default_factory=list)
+    done: list[Arg] = field(default_factory=list[Arg])
+    moves: list[Arg] = field(default_factory=list[Arg])
 
     def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
         """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
@@ -138,7 +138,8 @@ class Broker:
         if failure := first_error(answers):
             return [failure] * len(tasks)
         refused: list[AsyncqError | None] = [None] * len(tasks)
-        for row, reason, holder in answers[1]:
+        refusals: list[tuple[int, bytes, bytes]] = answers[1]
+        for row, reason, holder in refusals:
             task = tasks[row - 1]
             refused[row - 1] = (
                 TaskIDConflictError(task.id, queue)
@@ -201,9 +202,7 @@ class Broker:
         for found, kind, at, message in moves:
             rows += (kind, found.id, found.score, at, message)
         moved: int = await self._one(
-            SCRIPTS["recover"](
-                _keys("recover", queue), prefix=queue_keys(queue).prefix, moves=rows
-            )
+            SCRIPTS["recover"](_keys("recover", queue), prefix=queue_keys(queue).prefix, moves=rows)
         )
         return moved
 
@@ -273,7 +272,7 @@ class Broker:
         await self._one(["PING"])
 
     async def _one(self, *commands: Sequence[Arg] | Command) -> Any:
-        """Send commands that belong together and return the last answer, or raise the first error."""
+        """Send commands that belong together; return the last answer or raise the first error."""
         answers: list[Answer] = await self.pool.call(*commands)
         if failure := first_error(answers):
             raise failure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import hiredis
 import redis.asyncio as aioredis
 from redis import exceptions
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -26,7 +27,7 @@ POOL_SIZE: Final = 16
 _TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
               "MISCONF", "UNBLOCKED", "max number of clients")  # fmt: skip
 
-_pack: Any = hiredis.pack_command  # its stub knows no tuples of several items
+_hiredis: Any = hiredis  # its stubs know no tuples of several items
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError)
 _REFUSED = (exceptions.AuthenticationError, exceptions.BusyLoadingError)
 
@@ -145,7 +146,7 @@ class Pool:
             await connection.connect()
 
     @asynccontextmanager
-    async def dedicated(self) -> AsyncIterator[aioredis.Connection]:
+    async def dedicated(self) -> AsyncGenerator[aioredis.Connection]:
         """Give a RESP3 connection of its own, without a read timeout, closed at the end.
 
         Raises:
@@ -206,10 +207,13 @@ def pack(command: Sequence[Arg]) -> bytes:
     """Write a command as Redis reads it (redis-py's asyncio connections do it in Python)."""
     packed: bytes
     try:
-        packed = _pack(tuple(command))
+        packed = _hiredis.pack_command(tuple(command))
     except UnicodeEncodeError:  # an id that was read from Redis and is no UTF-8, see `text`
-        packed = _pack(
-            tuple(a.encode("utf-8", "surrogateescape") if isinstance(a, str) else a for a in command)
+        packed = _hiredis.pack_command(
+            tuple(
+                part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+                for part in command
+            )
         )
     return packed
 
@@ -233,9 +237,9 @@ def _parse(url: str) -> tuple[dict[str, Any], str | None]:
                 kwargs = {"connection_class": aioredis.UnixDomainSocketConnection, "db": _db(query)}
                 return kwargs, unquote(path)
             case "redis-socket":  # Asynq's name for unix://
-                return dict(aioredis.connection.parse_url(_unix_url(url))), None
+                return dict(parse_url(_unix_url(url))), None
             case "redis" | "rediss" | "unix":
-                return dict(aioredis.connection.parse_url(url)), None
+                return dict(parse_url(url)), None
             case _:
                 pass
     except (ValueError, TypeError) as error:
@@ -260,9 +264,7 @@ def _without_password(url: str) -> str:
 
 
 def _check_version(info: bytes) -> None:
-    fields = dict(
-        line.split(":", 1) for line in info.decode().splitlines() if ":" in line
-    )
+    fields = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
     version = fields.get("redis_version", "0.0")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_REDIS:
         raise BrokerError(f"Redis {version} is too old: asyncq needs Redis 6.2 or newer, or Valkey")

@@ -11,7 +11,15 @@ from typing import Any, Final
 import redis.asyncio as aioredis
 from redis import exceptions
 
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, first_error, pack, text, translate
+from asyncq.broker.connection import (
+    Answer,
+    ConnectionLostError,
+    Pool,
+    first_error,
+    pack,
+    text,
+    translate,
+)
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import Arg
 from asyncq.errors import BrokerUnavailableError
@@ -72,7 +80,7 @@ class Listener:
 
     async def _listen(self, connection: aioredis.Connection) -> None:
         self._was_connected = False
-        parser: Any = connection._parser
+        parser: Any = connection._parser  # pyright: ignore[reportPrivateUsage]
         parser.invalidation_push_handler_func = self._invalidated
         parser.pubsub_push_handler_func = self._published
         try:
@@ -85,17 +93,19 @@ class Listener:
             self.connected.set()
             self._on_change(None)
             while True:
-                answer: Any
-                try:
-                    answer = await connection.read_response(push_request=True)
-                except exceptions.ResponseError as error:
-                    answer = translate(error)
+                answer = await self._next_answer(connection)
                 if answer is not _PUSHED and self._answers:
                     future = self._answers.popleft()
                     if not future.done():
                         future.set_result(answer)
         except exceptions.RedisError as error:
             raise translate(error) from error
+
+    async def _next_answer(self, connection: Any) -> Answer:
+        try:
+            return await connection.read_response(push_request=True)
+        except exceptions.ResponseError as error:
+            return translate(error)
 
     def _disconnected(self) -> None:
         self._connection = None
@@ -161,7 +171,9 @@ class Listener:
         commands: list[Sequence[Arg]] = [["TIME"]]
         for queue in queues:
             k = queue_keys(queue)
-            commands += (["ZRANGE", key, 0, 0, "WITHSCORES"] for key in (k.scheduled, k.retry, k.due))
+            commands += (
+                ["ZRANGE", key, 0, 0, "WITHSCORES"] for key in (k.scheduled, k.retry, k.due)
+            )
         (seconds, micros), *answers = await self.read(*commands)
         now_s = int(seconds) + int(micros) / 1e6
         return [_next_due_in_s(answers[i : i + 3], now_s) for i in range(0, len(answers), 3)]

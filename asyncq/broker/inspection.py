@@ -11,6 +11,7 @@ from asyncq.broker.broker import Broker
 from asyncq.broker.connection import first_error
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import Arg
+from asyncq.clock import from_unix
 from asyncq.message import TaskMessage, decode
 
 
@@ -41,6 +42,21 @@ class QueueStats:
     """Of scheduled and retry, what is due now."""
     processed: int
     failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDetails:
+    """What else is known of a queue; runs are counted since midnight (UTC)."""
+
+    stats: QueueStats
+    groups: int
+    aggregating: int
+    processed_today: int
+    failed_today: int
+    latency_s: float
+    """How long the task that is next has waited; 0 if none waits, or Redis does not know."""
+    read_at_s: float
+    """Unix seconds by Redis's clock."""
 
 
 async def find_task(broker: Broker, queue: str, task_id: str) -> StoredTask | None:
@@ -97,6 +113,58 @@ async def queue_stats(broker: Broker, queues: Sequence[str]) -> list[QueueStats]
         )
     answers = await _read(broker, *commands)
     return [_stats(queue, answers[i * 11 : i * 11 + 11]) for i, queue in enumerate(queues)]
+
+
+async def queue_details(broker: Broker, queues: Sequence[str]) -> list[QueueDetails]:
+    """Count all that is known of queues; what groups hold is asked queue by queue."""
+    if not queues:
+        return []
+    stats = await queue_stats(broker, queues)
+    ((seconds, microseconds),) = await _read(broker, ["TIME"])
+    now_s = int(seconds) + int(microseconds) / 1e6
+    today = from_unix(now_s).date().isoformat()
+    commands: list[Sequence[Arg]] = []
+    for queue in queues:
+        k = queue_keys(queue)
+        commands += (
+            ["GET", f"{k.processed}:{today}"],
+            ["GET", f"{k.failed}:{today}"],
+            ["SCARD", k.groups],
+            ["LINDEX", k.pending, -1],
+        )
+    answers = await _read(broker, *commands)
+    processed, failed, groups, oldest = (answers[i::4] for i in range(4))
+    lookups: list[Sequence[Arg]] = [
+        ["HGET", queue_keys(queue).task("").encode() + (task_id or b""), "pending_since"]
+        for queue, task_id in zip(queues, oldest, strict=True)
+    ]
+    since = await _read(broker, *lookups)
+    return [
+        QueueDetails(
+            stats=stats[i],
+            groups=groups[i],
+            aggregating=await _aggregating(broker, queue) if groups[i] else 0,
+            processed_today=int(processed[i] or 0),
+            failed_today=int(failed[i] or 0),
+            latency_s=max(0.0, now_s - int(since[i]) / 1e9) if since[i] else 0.0,
+            read_at_s=now_s,
+        )
+        for i, queue in enumerate(queues)
+    ]
+
+
+async def _aggregating(broker: Broker, queue: str) -> int:
+    """Count the tasks in groups; one that SSCAN names twice while the set grows counts twice."""
+    k = queue_keys(queue)
+    total = 0
+    cursor = b"0"
+    while True:
+        ((cursor, groups),) = await _read(broker, ["SSCAN", k.groups, cursor, "COUNT", 500])
+        if groups:
+            prefix = k.group("").encode()
+            total += sum(await _read(broker, *(["ZCARD", prefix + group] for group in groups)))
+        if cursor == b"0":
+            return total
 
 
 def _stats(queue: str, answers: list[Any]) -> QueueStats:

@@ -1,4 +1,4 @@
-"""Every key, with what it holds; names and types are those of Asynq v0.26.0 unless they say asyncq."""
+"""Every key and what it holds: Asynq v0.26.0's, and our own, which start with asyncq."""
 
 from __future__ import annotations
 

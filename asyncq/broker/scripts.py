@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
+from typing import Any
 
 Arg = str | bytes | int
 Rows = Sequence[Arg]
@@ -55,9 +56,7 @@ class Script:
         self.scalars, self.lists = _arguments(header["ARGV"])
         self._arguments = {*self.scalars, *self.lists}
         uses = _names(header.get("USES", ""))
-        self.text = "\n".join(
-            [self._prologue(), *(libraries[library] for library in uses), source]
-        )
+        self.text = "\n".join([self._prologue(), *(libraries[library] for library in uses), source])
         self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
     def _prologue(self) -> str:
@@ -78,22 +77,23 @@ class Script:
         Raises:
             TypeError: a name is missing, is not in the header, or a list is not in whole rows.
         """
-        if keys.keys() != set(self.keys):
+        if set(keys) != set(self.keys):
             raise TypeError(f"{self.name}.lua takes the keys {self.keys}, not {list(keys)}")
-        if arguments.keys() != self._arguments:
+        if set(arguments) != self._arguments:
             raise TypeError(
                 f"{self.name}.lua takes the arguments {sorted(self._arguments)}, "
                 f"not {sorted(arguments)}"
             )
+        given: dict[str, Any] = arguments
         tail: list[Arg] = [len(self.keys), *(keys[name] for name in self.keys)]
-        tail += [arguments[name] for name in self.scalars]  # type: ignore[misc]
+        tail += [given[name] for name in self.scalars]
         for name, width in self.lists.items():
-            rows, ragged = divmod(len(arguments[name]), width)  # type: ignore[arg-type]
+            rows, ragged = divmod(len(given[name]), width)
             if ragged:
                 raise TypeError(f"{self.name}.lua: a row of {name} has {width} fields")
             tail.append(rows)
         for name in self.lists:
-            tail += arguments[name]  # type: ignore[arg-type]
+            tail += given[name]
         return Command(self, tail)
 
 
@@ -122,14 +122,12 @@ def _names(text: str) -> list[str]:
 
 
 def _arguments(text: str) -> tuple[list[str], dict[str, int]]:
-    lists = {
-        match[1]: match[2].count(",") + 1 for match in re.finditer(r"(\w+)\[([^\]]+)\]", text)
-    }
+    lists = {match[1]: match[2].count(",") + 1 for match in re.finditer(r"(\w+)\[([^\]]+)\]", text)}
     return _names(re.sub(r",?\s*\w+\[[^\]]+\]", "", text)), lists
 
 
 def _load() -> dict[str, Script]:
-    lua = files(__package__).joinpath("lua")
+    lua = files("asyncq.broker").joinpath("lua")
     libraries = {
         file.name.removesuffix(".lua"): file.read_text("utf-8")
         for file in lua.joinpath("lib").iterdir()

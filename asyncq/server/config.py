@@ -81,7 +81,7 @@ def _served(queues: Mapping[str, int]) -> dict[str, int]:
     for queue, weight in queues.items():
         if not queue.strip():
             raise OptionError("queue name must contain one or more characters")
-        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight < 2**31:
+        if isinstance(weight, bool) or not 1 <= weight < 2**31:
             raise OptionError(
                 f"the weight of queue {queue!r} must be a whole number of at least 1, "
                 f"not {weight!r}"

@@ -225,11 +225,11 @@ class CancelledRun(AsyncqError):
 def error_text(error: BaseException) -> str:
     """Return what is kept as a task's error: the type and text, or Asynq's own text."""
     text = str(error)
-    if isinstance(error, SkipRetry | RevokeTask | Retry):
-        return text or {SkipRetry: "skip retry for the task", RevokeTask: "revoke task"}.get(
-            type(error), "retry"
-        )
-    if isinstance(error, AsyncqError):
+    if isinstance(error, SkipRetry):
+        return text or "skip retry for the task"
+    if isinstance(error, RevokeTask):
+        return text or "revoke task"
+    if isinstance(error, AsyncqError | Retry):
         return text
     if isinstance(error, asyncio.CancelledError):
         return CANCELED

@@ -126,9 +126,7 @@ class Run:
 
     async def _write(self, name: str, value: bytes) -> None:
         lane = self.lane
-        written = await lane.in_flight.annotate(
-            lane.queue, self.message.id, self.mark, name, value
-        )
+        written = await lane.in_flight.annotate(lane.queue, self.message.id, self.mark, name, value)
         if not written:
             raise LeaseExpiredError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from asyncq.broker.events import Listener
 from asyncq.broker.inspection import queue_stats
 from asyncq.client import Client
 from asyncq.clock import Seconds
-from asyncq.errors import AsyncqError, BrokerUnavailableError, ServerClosedError
+from asyncq.errors import AsyncqError, BrokerError, BrokerUnavailableError, ServerClosedError
 from asyncq.mux import Mux
 from asyncq.retry import RetryDelay, asynq_delay
 from asyncq.server.config import Config
@@ -62,9 +62,9 @@ class Server:
         redis: str | None = None,
         *,
         concurrency: int = 100,
-        queues: Mapping[str, int] = {"default": 1},  # noqa: B006  (only read)
+        queues: Mapping[str, int] = {"default": 1},
         strict_priority: bool = False,
-        queue_concurrency: Mapping[str, int] = {},  # noqa: B006
+        queue_concurrency: Mapping[str, int] = {},
         shutdown_timeout: Seconds = 8.0,
         retry_delay: Seconds | RetryDelay = asynq_delay,
         is_failure: Callable[[BaseException], bool] | None = None,
@@ -111,7 +111,7 @@ class Server:
             raise AsyncqError(f"a loop of the server died: {self._died!r}") from self._died
 
     @asynccontextmanager
-    async def running(self, mux: Mux[Any]) -> AsyncIterator[Server]:
+    async def running(self, mux: Mux[Any]) -> AsyncGenerator[Server]:
         """Run inside another program: started when entered, shut down at the end."""
         try:
             await self.start(mux)
@@ -251,16 +251,12 @@ class Server:
         self._heartbeat = Heartbeat(
             Broker(self.url),
             self._in_flight,
-            Identity(
-                self.server_id, config.concurrency, config.queues, config.strict_priority
-            ),
+            Identity(self.server_id, config.concurrency, config.queues, config.strict_priority),
         )
 
     def _start_loops(self) -> None:
         watcher, canceller = Watcher(self._in_flight), Canceller(self._in_flight)
-        listener = Listener(
-            self._broker.pool, watcher.on_change, canceller.on_message, CHANNELS
-        )
+        listener = Listener(self._broker.pool, watcher.on_change, canceller.on_message, CHANNELS)
         housekeeping: list[Loop] = [
             Overseer(self._execution),
             Forwarder(self._broker, self._in_flight),
@@ -269,15 +265,25 @@ class Server:
         ]
         if self.config.health_check is not None:
             housekeeping.append(
-                Health(
-                    self._broker, self.config.health_check, self.config.health_check_interval_s
-                )
+                Health(self._broker, self.config.health_check, self.config.health_check_interval_s)
             )
-        self._start("listener", listener.run())
+        self._start("listener", self._listen(listener))
         self._start("watcher", watcher.run(listener))
         self._start("pump", self._pump.run())
         for loop in housekeeping:
             self._start(loop.name, loop.run())
+
+    async def _listen(self, listener: Listener) -> None:
+        try:
+            await listener.run()
+        except BrokerError as error:
+            log.warning(
+                "Redis does not let us listen (%s): queues are asked every second instead, and "
+                "cancelations are not heard. It takes RESP3 and the commands CLIENT TRACKING and "
+                "SUBSCRIBE",
+                error,
+            )
+            await asyncio.Event().wait()  # the watcher asks blindly while nothing is connected
 
     def _start(self, name: str, run: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(run, name=f"asyncq-{name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
@@ -25,7 +25,7 @@ class Stoppable(Protocol):
 
 
 @contextmanager
-def handled(server: Stoppable) -> Iterator[None]:
+def handled(server: Stoppable) -> Generator[None]:
     """Let signals act on `server`; the handlers that were there before come back at the end."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGTSTP)}

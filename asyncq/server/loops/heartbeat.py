@@ -129,9 +129,7 @@ class Heartbeat:
 
     async def _pause(self, pause_s: float) -> None:
         assert self._stopping is not None
-        waits = [
-            asyncio.create_task(event.wait()) for event in (self._stopping, self._beat_now)
-        ]
+        waits = [asyncio.create_task(event.wait()) for event in (self._stopping, self._beat_now)]
         await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()

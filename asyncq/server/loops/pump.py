@@ -189,9 +189,7 @@ class Pump:
             "task %r of queue %r is quarantined in archived, its bytes are kept: %s",
             task_id, lane.queue, error,
         )  # fmt: skip
-        message = quarantined(
-            task_id, lane.queue, raw, str(error), int(self._in_flight.now())
-        )
+        message = quarantined(task_id, lane.queue, raw, str(error), int(self._in_flight.now()))
         lane.ended.append((task_id, mark, "", Outcome("quarantine", 0, message)))
         self._in_flight.changed.set()
 

@@ -111,9 +111,7 @@ class Watcher:
     def _next_at(self) -> float:
         """When there is something to arm, by the event loop's clock."""
         waiting = [
-            lane.arm_at
-            for lane in self._in_flight.lanes.values()
-            if lane.empty and not lane.armed
+            lane.arm_at for lane in self._in_flight.lanes.values() if lane.empty and not lane.armed
         ]
         return min([self._rearm_at, *waiting])
 
