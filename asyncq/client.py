@@ -359,6 +359,8 @@ class Ends:
 
     async def _connected(self) -> None:
         assert self._listening is not None
+        if self._listener.connected.is_set():
+            return
         connected = asyncio.create_task(self._listener.connected.wait())
         await asyncio.wait({connected, self._listening}, return_when=asyncio.FIRST_COMPLETED)
         connected.cancel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 __all__ = [
     "AsyncqError",
     "BrokerError",
@@ -16,6 +18,7 @@ __all__ = [
     "OptionError",
     "PayloadError",
     "PayloadTooLargeError",
+    "ProcessDiedError",
     "QueueNotEmptyError",
     "QueueNotFoundError",
     "ServerClosedError",
@@ -147,6 +150,19 @@ class HandlerNotFoundError(AsyncqError):
         self.task_type = task_type
 
 
+class ProcessDiedError(AsyncqError):
+    """The process of a handler died before the handler returned.
+
+    `phase` is "starting" when it had not begun; `exit_code` is negative for a signal.
+    """
+
+    def __init__(self, handler: str, phase: str, exit_code: int | None) -> None:
+        super().__init__(f"the process of handler {handler} {_how_it_died(phase, exit_code)}")
+        self.handler = handler
+        self.phase = phase
+        self.exit_code = exit_code
+
+
 class BrokerError(AsyncqError):
     """Redis refused a command; the text is Redis's own."""
 
@@ -173,3 +189,21 @@ class EnqueueUncertainError(BrokerUnavailableError):
         )
         self.task_id = task_id
         self.queue = queue
+
+
+def _how_it_died(phase: str, exit_code: int | None) -> str:
+    when = "while it started" if phase == "starting" else "before the handler returned"
+    if exit_code is None:
+        return f"was lost {when}"
+    if exit_code < 0:
+        hint = " (as the kernel does when memory runs out)" if exit_code == -signal.SIGKILL else ""
+        return f"was killed by {_signal_name(-exit_code)}{hint} {when}"
+    hint = "stderr says why" if phase == "starting" else "it must not call os._exit()"
+    return f"ended with exit code {exit_code} {when}: {hint}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

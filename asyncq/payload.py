@@ -258,7 +258,7 @@ class _Rewriter:
 
     def rewrite(self, schema: Any, own: CoreConfig, *, kept: bool = False) -> Any:
         """Copy one schema: `own` is the config around it as its author wrote it, `kept` is true
-        below a serializer of the author's, where bytes stay what pydantic makes of them."""
+        below a plain serializer of the author's, where everything stays pydantic's."""
         kind: str = schema["type"]
         new = dict(schema)
         self.kinds.add(kind)
@@ -266,8 +266,6 @@ class _Rewriter:
             own = schema.get("config", {})
             new["config"] = _go_config(own)
             self._look_at_class(schema.get("cls"), new)
-        elif kind.endswith("-field"):
-            kept = False
         elif kind in ("list", "tuple", "set", "frozenset", "deque"):
             # One bad item archives the task; to tell of a million would hold up the event loop.
             new["fail_fast"] = True

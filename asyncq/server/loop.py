@@ -24,7 +24,6 @@ class Loop(ABC):
     def __init__(self, interval_s: float) -> None:
         self.interval_s = interval_s
         self.woken = asyncio.Event()
-        self.ticks = 0
         self._trouble = Trouble(self.name)
 
     @abstractmethod
@@ -36,16 +35,16 @@ class Loop(ABC):
         # Spread, so that servers started together do not ask Redis in the same instant.
         await self.sleep(random.uniform(0, min(1.0, self.interval_s)))
         while True:
-            pause_s = self.interval_s
             try:
                 await self.tick()
                 self._trouble.over()
             except BrokerError as error:
-                pause_s = self._trouble.pause_s(error)
-            self.ticks += 1
-            await self.sleep(pause_s)
+                # Not `sleep`: what wakes a loop does not bring Redis back.
+                await asyncio.sleep(self._trouble.pause_s(error))
+            else:
+                await self.sleep(self.interval_s)
 
-    async def sleep(self, pause_s: float | None) -> None:
+    async def sleep(self, pause_s: float) -> None:
         """Wait until woken, or until `pause_s` seconds have passed."""
         try:
             async with asyncio.timeout(pause_s):

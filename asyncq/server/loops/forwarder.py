@@ -14,7 +14,7 @@ class Forwarder(Loop):
 
     name = "forwarder"
 
-    def __init__(self, broker: Broker, in_flight: InFlight, interval_s: float = 5.0) -> None:
+    def __init__(self, broker: Broker, in_flight: InFlight, interval_s: float = 30.0) -> None:
         super().__init__(interval_s)
         self.woken = in_flight.due_changed
         self._broker = broker
@@ -33,11 +33,11 @@ class Forwarder(Loop):
                 moved += await self._forward(lane)
         return moved
 
-    async def sleep(self, pause_s: float | None) -> None:
+    async def sleep(self, pause_s: float) -> None:
         """Wait until the next instant, though not longer than `pause_s`."""
         now = asyncio.get_running_loop().time()
         due = [lane.due_at - now for lane in self._in_flight.lanes.values() if lane.due_at]
-        await super().sleep(max(0.0, min([pause_s or 0.0, *due])))
+        await super().sleep(max(0.0, min([pause_s, *due])))
 
     async def _forward(self, lane: Lane) -> int:
         total = 0

@@ -112,11 +112,14 @@ class Heartbeat:
         self._beat_now = asyncio.Event()
         self._own_loop = asyncio.get_running_loop()
         trouble = Trouble("heartbeat")
+        opened = False
         while not self._stopping.is_set():
             began = time.monotonic()
             pause_s = self._interval_s
             try:
-                await self._broker.open()
+                if not opened:
+                    await self._broker.open()
+                    opened = True
                 await self.tick()
                 trouble.over()
             except BrokerError as error:

@@ -6,16 +6,19 @@ import asyncio
 import itertools
 import logging
 import time
+from typing import Final
 
 from asyncq.broker.broker import BATCH, Answered, Broker, Request
 from asyncq.errors import BrokerError, MalformedMessageError
 from asyncq.message import decode, quarantined
 from asyncq.outcome import Outcome
 from asyncq.server.execution import Execution
-from asyncq.server.in_flight import InFlight, Lane
+from asyncq.server.in_flight import LEASE_LOST, InFlight, Lane
 from asyncq.server.loop import Trouble
 
 log = logging.getLogger("asyncq.server")
+
+RUN_LATER_S: Final = 1.0
 
 
 class Pump:
@@ -174,13 +177,22 @@ class Pump:
             except MalformedMessageError as error:
                 self._quarantine(lane, task_id, answer.mark, raw, error)
                 continue
-            if self._put_back or task_id in lane.runs:
+            if self._put_back:
                 self._in_flight.put_back(lane, task_id, answer.mark)
+            elif task_id in lane.runs:
+                self._run_later(lane, task_id, answer, raw)
             else:
                 self._execution.start(lane, message, answer.mark, answer.now)
         if request.want:
             got = len(answer.ids) + len(answer.ghosts)
             lane.found(got, request.want, asyncio.get_running_loop().time())
+
+    def _run_later(self, lane: Lane, task_id: str, answer: Answered, raw: bytes) -> None:
+        """An earlier run that lost its lease has not ended: two at a time would be worse."""
+        lane.runs[task_id].cancel(LEASE_LOST)
+        at_ms = int((answer.now + RUN_LATER_S) * 1000)
+        lane.ended.append((task_id, answer.mark, "", Outcome("snooze", at_ms, raw)))
+        self._in_flight.changed.set()
 
     def _quarantine(
         self, lane: Lane, task_id: str, mark: int, raw: bytes, error: MalformedMessageError

@@ -106,7 +106,11 @@ class Watcher:
             async with asyncio.timeout(BLIND_S):
                 await listener.connected.wait()
         except TimeoutError:
-            self.on_change(None)
+            now = asyncio.get_running_loop().time()
+            for lane in self._in_flight.lanes.values():
+                lane.wake()
+                lane.due_at = now
+            self._in_flight.due_changed.set()
 
     def _next_at(self) -> float:
         """When there is something to arm, by the event loop's clock."""

@@ -172,14 +172,20 @@ def end(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@mux.task("leave a program", executor="process")
+def leave_a_program(path: str) -> None:
+    os.system(f"sleep 60 & echo $! >'{path}'")
+    os._exit(4)
+
+
 @mux.task("sleep", executor="process")
 def sleep(path: str) -> None:
     """Start a program, say both process ids, and never return."""
-    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     started = Path(path)
     started.with_suffix(".new").write_text(f"{os.getpid()} {program.pid}")
     started.with_suffix(".new").rename(started)
-    time.sleep(600)
+    time.sleep(60)
 
 
 @mux.task("fork", executor="process")
@@ -189,7 +195,7 @@ def fork() -> tuple[int, int]:
     begun, says = os.pipe()
     if (stopped := os.fork()) == 0:
         os.write(says, b".")
-        time.sleep(600)
+        time.sleep(60)
     os.read(begun, 1)
     os.kill(stopped, signal.SIGTERM)
     if (logging_one := os.fork()) == 0:

@@ -25,6 +25,7 @@ from asyncq.errors import (
     AsyncqError,
     DuplicateTaskError,
     LeaseExpiredError,
+    ProcessDiedError,
     QueueNotFoundError,
     ServerClosedError,
 )
@@ -32,7 +33,7 @@ from asyncq.handler import Entry
 from asyncq.message import TaskMessage
 from asyncq.mux import Mux
 from asyncq.retry import Retry, RevokeTask, SkipRetry, Snooze
-from asyncq.server.executors import Executors, ProcessDiedError
+from asyncq.server.executors import Executors
 from tests.unit.server import process_handlers
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -365,7 +366,7 @@ started = threading.Event()
 
 def stuck():
     started.set()
-    time.sleep(600)
+    time.sleep(60)
 
 async def main():
     executors = Executors(2)
@@ -563,6 +564,15 @@ async def test_a_process_that_dies_fails_its_task_only(
     assert await call(executors, "decorated", b"4") == 50
 
 
+async def test_a_process_that_dies_takes_along_what_it_started(
+    executors: Executors, tmp_path: Path
+) -> None:
+    path = tmp_path / "pid"
+    with pytest.raises(ProcessDiedError, match="exit code 4"):
+        await call(executors, "leave a program", f'"{path}"'.encode())
+    await gone(int(path.read_text()))
+
+
 async def test_a_process_that_dies_while_it_is_idle_is_replaced(executors: Executors) -> None:
     first = await call(executors, "pid")
     psutil.Process(first).kill()
@@ -649,25 +659,26 @@ mux = Mux()
 def name() -> str:
     return __name__
 
+@mux.task("pid", executor="process")
+def pid() -> int:
+    return os.getpid()
+
 @mux.task("sleep", executor="process")
 def sleep() -> None:
     Path("pid.new").write_text(str(os.getpid()))
     Path("pid.new").rename("pid")
-    time.sleep(600)
+    time.sleep(60)
 
 async def main() -> None:
     executors = Executors(4)
     async def run(task_type: str) -> object:
         return await executors.run(Entry(mux.types[task_type], executors.run), ())
     print(await run("name"), flush=True)
-    if "sleep" in sys.argv:
-        asyncio.create_task(run("sleep"))
-        while not Path("pid").exists():
-            await asyncio.sleep(0.005)
-        if "exit" in sys.argv:
-            os.environ["ENDING"] = "1"
-            raise SystemExit(7)
-        await asyncio.sleep(600)
+    if "idle" in sys.argv:
+        Path("pid").write_text(str(await run("pid")))
+        return
+    if "running" in sys.argv:
+        await run("sleep")
     await executors.close()
 
 if __name__ == "__main__":
@@ -689,18 +700,18 @@ async def test_a_process_imports_the_program_as_the_server_did(
     assert await output(tmp_path, command) == (0, f"{name}\n", "")
 
 
-@pytest.mark.parametrize("end", ["exit", "kill"])
-async def test_no_process_outlives_its_server(tmp_path: Path, end: str) -> None:
+@pytest.mark.parametrize("child", ["idle", "running"])
+async def test_no_process_outlives_its_server(tmp_path: Path, child: str) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     server = subprocess.Popen(
-        [sys.executable, "program.py", "sleep", end],
+        [sys.executable, "program.py", child],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
     )
     try:
         await exists(tmp_path / "pid")
-        if end == "kill":
+        if child == "running":
             server.kill()
         await asyncio.to_thread(server.wait, 10)
         await gone(int((tmp_path / "pid").read_text()))
