@@ -126,7 +126,7 @@ def _print(names: list[str], rounds: list[Any]) -> None:
         "",
         "asyncq",
         "Go Asynq",
-        "ratio (least–most)",
+        "ratio (least to most)",
         "CPU a task",
         "Redis CPU a task",
     ):
