@@ -5,7 +5,7 @@ have to give the same bytes: fields in declaration order, by alias, without spac
 standard base64; `<`, `>`, `&`, U+2028 and U+2029 escaped; no trailing zeros in the fraction of a
 datetime. Sets are written sorted, so that two processes agree. A field with a plain serializer
 of its own, and a model that sets `ser_json_bytes`, `val_json_bytes`, `ser_json_temporal`,
-`ser_json_inf_nan` or `allow_inf_nan`, keep what they say.
+`ser_json_inf_nan` or `allow_inf_nan`, keep what they say; so does SecretStr: `**********`.
 
 What still differs, because making it equal would cost every payload or change what it means:
 

@@ -65,7 +65,9 @@ def test_a_json_record_is_one_printable_line_whatever_it_holds() -> None:
 
 def test_a_traceback_made_by_another_process_is_kept() -> None:
     made = record("failed", exc_text="Traceback\nValueError: wrong")
-    assert TextFormatter().format(made).endswith("shop: failed\n    Traceback\n    ValueError: wrong")
+    assert (
+        TextFormatter().format(made).endswith("shop: failed\n    Traceback\n    ValueError: wrong")
+    )
     assert json.loads(JsonFormatter().format(made))["exception"] == "Traceback\nValueError: wrong"
 
 

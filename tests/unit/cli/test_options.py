@@ -51,7 +51,7 @@ def test_an_instant_is_read_with_its_time_zone(text: str, expected: datetime) ->
 
 
 def test_an_instant_without_a_time_zone_is_refused() -> None:
-    with pytest.raises(OptionError, match="--deadline: .* has no time zone: add Z for UTC"):
+    with pytest.raises(OptionError, match=r"--deadline: .* has no time zone: add Z for UTC"):
         instant("2026-01-31T18:00", "--deadline")
 
 

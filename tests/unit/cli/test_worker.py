@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_another_object_is_told_from_a_mux_with_what_may_have_been_meant(folder: Path) -> None:
     (folder / "shop_of_this_test.py").write_text("from asyncq import Mux\njobs = Mux()\napp = 1")
     assert load_mux("shop_of_this_test:jobs", folder).types == {}
-    with pytest.raises(ImportFromStringError, match="is a int and no Mux: did you mean .*:jobs"):
+    with pytest.raises(ImportFromStringError, match=r"is a int and no Mux: did you mean .*:jobs"):
         load_mux("shop_of_this_test:app", folder)
 
 
