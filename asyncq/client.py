@@ -45,6 +45,7 @@ R = TypeVar("R")
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
 
 EnqueueNext: TypeAlias = Callable[[Task[Any]], Awaitable[TaskHandle[Any]]]
+"""What a middleware calls to go on: the next middleware, or the enqueue itself."""
 EnqueueMiddleware: TypeAlias = Callable[[Task[Any], EnqueueNext], Awaitable[TaskHandle[Any]]]
 """`async def (task, call_next)`: adds headers by `task.with_options(headers=...)`, or spans."""
 M = TypeVar("M", bound=EnqueueMiddleware)
