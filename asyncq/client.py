@@ -15,18 +15,16 @@ from typing import Any, Final, Literal, TypeAlias, Unpack, cast, overload
 from typing_extensions import TypeVar
 
 from asyncq.broker.broker import BATCH, Broker, NewTask
-from asyncq.broker.events import Listener
 from asyncq.broker.inspection import StoredTask, find_task
 from asyncq.broker.keys import queue_keys
 from asyncq.clock import from_unix
+from asyncq.ends import Ends
 from asyncq.errors import (
     AsyncqError,
-    MalformedMessageError,
     PayloadTooLargeError,
-    TaskFailedError,
     TaskNotFoundError,
 )
-from asyncq.message import TaskMessage, decode
+from asyncq.message import TaskMessage
 from asyncq.settings import redis_url
 from asyncq.task import (
     DEFAULT_QUEUE,
@@ -303,92 +301,6 @@ class Client:
     async def cancel(self, task_id: str, queue: str, retry: bool) -> None:
         """Cancel a running task, wherever it runs; see `TaskHandle.cancel`."""
         await self._broker.cancel(task_id, retry=retry)
-
-
-class Ends:
-    """Waits for the ends of tasks without polling: Redis tells when a task's hash changes."""
-
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
-        self._changed: dict[str, set[asyncio.Event]] = {}
-        self._listener = Listener(broker.pool, self._on_change)
-        self._listening: asyncio.Task[None] | None = None
-
-    async def wait(self, task_id: str, queue: str) -> bytes:
-        """Return the result of a task once it has one."""
-        if self._listening is None:
-            self._listening = asyncio.create_task(self._listener.run())
-        key = queue_keys(queue).task(task_id)
-        changed = asyncio.Event()
-        events = self._changed.setdefault(key, set())
-        events.add(changed)
-        try:
-            return await self._wait(task_id, queue, key, changed)
-        finally:
-            events.discard(changed)
-            if not events:
-                self._changed.pop(key, None)
-
-    async def close(self) -> None:
-        """Stop listening."""
-        if self._listening is not None:
-            listening, self._listening = self._listening, None
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
-
-    async def _wait(self, task_id: str, queue: str, key: str, changed: asyncio.Event) -> bytes:
-        was_there = False
-        while True:
-            await self._connected()
-            changed.clear()
-            ((state, raw, result),) = await self._listener.read(
-                ["HMGET", key, "state", "msg", "result"]
-            )
-            if raw is None:
-                raise _gone(task_id, queue, was_there)
-            was_there = True
-            if state == b"completed":
-                return result or b""
-            message = _decoded(task_id, queue, raw)
-            if state == b"archived":
-                raise TaskFailedError(task_id, queue, message.error_msg or "archived")
-            if not message.retention:
-                raise TaskNotFoundError(
-                    task_id, queue, "it keeps no result to wait for; enqueue it with retention=..."
-                )
-            await changed.wait()
-
-    async def _connected(self) -> None:
-        assert self._listening is not None
-        if self._listener.connected.is_set():
-            return
-        connected = asyncio.create_task(self._listener.connected.wait())
-        await asyncio.wait({connected, self._listening}, return_when=asyncio.FIRST_COMPLETED)
-        connected.cancel()
-        if self._listening.done():
-            self._listening.result()  # raises why Redis does not let us listen
-
-    def _on_change(self, key: str | None) -> None:
-        if key is None:
-            for events in self._changed.values():
-                for event in events:
-                    event.set()
-        else:
-            for event in self._changed.get(key, ()):
-                event.set()
-
-
-def _gone(task_id: str, queue: str, was_there: bool) -> AsyncqError:
-    if was_there:
-        return TaskFailedError(task_id, queue, "it was revoked or deleted")
-    return TaskNotFoundError(task_id, queue, "it may be done, and nothing of it was kept")
-
-
-def _decoded(task_id: str, queue: str, raw: bytes) -> TaskMessage:
-    try:
-        return decode(task_id, queue, raw)
-    except MalformedMessageError as error:
-        raise TaskFailedError(task_id, queue, str(error)) from None
 
 
 def _new_id() -> str:

@@ -33,7 +33,13 @@ from tests.interop import gopeer  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-TASKS = {"sequential": 2_000, "pickup": 300, "lateness": 300}  # what is not --tasks
+TASKS = {
+    "sequential": 2_000,
+    "pickup": 300,
+    "lateness": 300,
+    "results": 500,
+    "cancel": 100,
+}  # what is not --tasks
 
 # Ours, and Go's counterpart
 AGAINST_GO = {
@@ -51,6 +57,8 @@ DESCRIPTIONS = {
     "drain-10": "drain, concurrency 10, typed",
     "pickup": "pickup on an idle worker",
     "lateness": "scheduled, after its instant",
+    "results": "result, with 100 waiters",
+    "cancel": "cancel, to the handler",
 }
 
 

@@ -162,6 +162,61 @@ async def lateness(url: str, n: int) -> Result:
     return _percentiles(late_ms) | {"min_ms": min(late_ms)}
 
 
+async def results(url: str, n: int) -> Result:
+    """From a handler's return to its waiter, with 100 waiters on one client."""
+    returned_at: dict[int, float] = {}
+    latencies: list[float] = []
+    mux = Mux()
+
+    @mux.task("answer", retention=60)
+    async def answer(payload: int) -> int:
+        await asyncio.sleep(0.05)
+        returned_at[payload] = time.perf_counter()
+        return payload
+
+    async with Client(url) as client, Server(url).running(mux):
+
+        async def waiter(i: int) -> None:
+            handle = await client.enqueue(answer.new(i))
+            assert await handle.result(timeout=10) == i
+            latencies.append((time.perf_counter() - returned_at[i]) * 1e3)
+
+        await waiter(-1)
+        latencies.clear()
+        for first in range(0, n, 100):
+            await asyncio.gather(*(waiter(i) for i in range(first, first + 100)))
+    return _percentiles(latencies)
+
+
+async def cancel(url: str, n: int) -> Result:
+    """From the call that cancels a running task to its handler's CancelledError."""
+    started = asyncio.Event()
+    latencies: list[float] = []
+    sent_at = 0.0
+    cancelled = asyncio.Event()
+    mux = Mux()
+
+    @mux.task("endless", max_retry=0)
+    async def endless() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            latencies.append((time.perf_counter() - sent_at) * 1e3)
+            cancelled.set()
+
+    async with Client(url) as client, Server(url).running(mux):
+        for _ in range(n):
+            started.clear()
+            cancelled.clear()
+            handle = await client.enqueue(endless.new())
+            await started.wait()
+            sent_at = time.perf_counter()
+            await handle.cancel()
+            await cancelled.wait()
+    return _percentiles(latencies)
+
+
 MEASUREMENTS: dict[str, Callable[[str, int], Awaitable[Result]]] = {
     "sequential": sequential,
     "concurrent": lambda url, n: concurrent(url, n, in_flight=50, typed=True),
@@ -171,6 +226,8 @@ MEASUREMENTS: dict[str, Callable[[str, int], Awaitable[Result]]] = {
     "drain-10": lambda url, n: drain(url, n, concurrency=10),
     "pickup": pickup,
     "lateness": lateness,
+    "results": results,
+    "cancel": cancel,
 }
 
 

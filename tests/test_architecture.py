@@ -29,7 +29,7 @@ ROOMS = {
     "settings": Room("settings", "nouns"),
     "broker": Room("broker", "broker nouns"),
     "mux": Room("mux context handler", "mux nouns"),
-    "client": Room("client sync_client", "client nouns broker settings"),
+    "client": Room("client ends sync_client", "client nouns broker settings"),
     "inspector": Room("inspector", "nouns broker settings"),
     "execution": Room("server.execution server.in_flight server.loop", "execution mux nouns"),
     "loops": Room("server.loops", "nouns broker execution"),
