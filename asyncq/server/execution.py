@@ -109,7 +109,7 @@ class Execution:
     def abandon(self) -> int:
         """Put back what still runs and cannot be waited for any longer; return how many."""
         runs = list(self._in_flight.runs())
-        for run in runs:
+        for run in reversed(runs):  # the last to be put back is the next to be taken
             self._in_flight.end(run, REQUEUE)
         return len(runs)
 

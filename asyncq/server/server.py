@@ -313,7 +313,7 @@ class Server:
         if not runs:
             return
         log.warning("%d tasks did not end in time: they are cancelled and put back", len(runs))
-        for run in runs:
+        for run in reversed(runs):  # the last to be put back is the next to be taken
             run.cancel(SHUTDOWN)
         await self._wait_for_handlers(CANCEL_GRACE_S, forcible=False)
         self.abandoned = self._execution.abandon()

@@ -491,7 +491,8 @@ class GoInspector:
     ) -> None:
         assert self._process is not None
         try:
-            await asyncio.wait_for(self._process.communicate(), 10)
+            # Not None: Python 3.11 would leave stdin open, and the program would wait for its end.
+            await asyncio.wait_for(self._process.communicate(b""), 10)
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
@@ -552,7 +553,9 @@ class GoInspector:
 
     async def history(self, queue: str, days: int) -> list[GoDay]:
         """Return the counters of the last days, today first."""
-        return [read_record(GoDay, row) for row in await self.ask("history", queue=queue, days=days)]
+        return [
+            read_record(GoDay, row) for row in await self.ask("history", queue=queue, days=days)
+        ]
 
     async def delete_task(self, queue: str, id: str) -> None:
         """Delete a task that is not active."""

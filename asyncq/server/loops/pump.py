@@ -171,7 +171,10 @@ class Pump:
     def _take(self, lane: Lane, request: Request, answer: Answered) -> None:
         self._in_flight.clock_offset = answer.now - time.time()
         _report(lane.queue, answer)
-        for task_id, raw in zip(answer.ids, answer.messages, strict=True):
+        taken = list(zip(answer.ids, answer.messages, strict=True))
+        if self._put_back:
+            taken.reverse()  # the last to be put back is the next to be taken
+        for task_id, raw in taken:
             try:
                 message = decode(task_id, lane.queue, raw)
             except MalformedMessageError as error:

@@ -188,13 +188,12 @@ async def test_a_retry_policy_that_gives_nonsense_does_not_lose_the_task(delay: 
     assert NOW * 1000 <= outcome.at < 2**63
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(1), GeneratorExit()])
 @pytest.mark.parametrize("callback", ["retry_delay", "is_failure", "error_handler"])
 async def test_a_callback_that_fails_itself_does_not_lose_the_task(
-    callback: str, error: BaseException, caplog: pytest.LogCaptureFixture
+    callback: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any) -> Any:
-        raise error
+        raise RuntimeError("broken")
 
     assert (await raising(ValueError(), **{callback: fail}).outcome()).kind == "retry"
     assert "failed" in caplog.text
