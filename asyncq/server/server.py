@@ -87,6 +87,7 @@ class Server:
         )
         self.server_id = str(uuid.uuid4())
         self._broker = Broker(self.url)
+        self._client = Client(self.url)
         self._loops: dict[str, asyncio.Task[None]] = {}
         self._state = "new"
         self._died: BaseException | None = None
@@ -190,6 +191,7 @@ class Server:
             await self._executors.close(wait=False)
         if state != "new":
             await self._stack.aclose()
+        await self._client.close()
         await self._broker.close()
         log.info("server %s is closed", self.server_id)
 
@@ -210,6 +212,7 @@ class Server:
         while not self._shutdown_wanted.is_set():
             try:
                 await self._broker.open()
+                await self._client.open()
                 await self._broker.announce_queues(self.config.queues)
             except BrokerUnavailableError as error:
                 try:
@@ -224,8 +227,7 @@ class Server:
 
     async def _build(self, mux: Mux[Any]) -> None:
         config = self.config
-        client = await self._stack.enter_async_context(Client(self.url))
-        mux.bind(client)
+        mux.bind(self._client)
         self._executors = Executors(config.concurrency)
         self._in_flight = InFlight(
             config.queues, config.concurrency, self._broker.annotate, config.queue_concurrency
@@ -235,7 +237,7 @@ class Server:
             retry_delay=config.retry_delay,
             is_failure=config.is_failure,
             error_handler=config.error_handler,
-            client=client,
+            client=self._client,
         )
         self._execution.routes = mux.compile(self._executors.run)
         await self._stack.enter_async_context(self._execution.routes.lifespan_context())

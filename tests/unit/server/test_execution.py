@@ -52,7 +52,7 @@ class World:
 
     async def end(self) -> Outcome:
         """Wait until nothing runs and return the only outcome."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(2):
             await self.in_flight.idle()
         ((task_id, mark, _, outcome),) = self.lane.ended
         assert (task_id, mark) == ("a", 7)
@@ -501,9 +501,11 @@ async def test_a_write_off_survives_a_retry_policy_that_fails() -> None:
     run.cancel(DEADLINE)
     assert run.cancelled_at is not None
     run.cancelled_at -= WRITE_OFF_S + 1
-    world.execution.watch()  # an exception here would stop the server
-    assert (await world.end()).kind == "retry"
-    over.set()
+    try:
+        world.execution.watch()  # an exception here would stop the server
+        assert (await world.end()).kind == "retry"
+    finally:
+        over.set()
 
 
 async def test_abandoned_runs_are_put_back() -> None:
