@@ -28,6 +28,7 @@ from asyncq.errors import (
     TaskNotFoundError,
 )
 from asyncq.handler import Handler, Next
+from asyncq.inspector import Inspector, QueueInfo
 from asyncq.mux import Middleware, Mux
 from asyncq.retry import (
     Retry,
@@ -63,6 +64,9 @@ __all__ = [
     "SyncTaskHandle",
     # The worker
     "Server",
+    # Looking at queues
+    "Inspector",
+    "QueueInfo",
     # Tasks
     "Progress",
     "Task",

@@ -252,4 +252,5 @@ def _log(level: int, message: TaskMessage, text: str, then: str, error: BaseExce
         "task %r (%r) of queue %r failed and %s: %s",
         message.id, message.type, message.queue, then, ascii(text)[1:-1],
         exc_info=None if expected else error,
+        extra={"task_id": message.id, "task_type": message.type, "queue": message.queue},
     )  # fmt: skip

@@ -25,12 +25,16 @@ class Ended:
 Run = Callable[..., Ended]
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in list(os.environ):
+        if variable.startswith("ASYNCQ_") or variable in ("FORCE_COLOR", "COLUMNS"):
+            monkeypatch.delenv(variable)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("stats", "--json", stdin=b"")`, without the variables of this machine."""
-    for variable in list(os.environ):
-        if variable.startswith("ASYNCQ_"):
-            monkeypatch.delenv(variable)
+    """`run("stats", "--json", stdin=b"")` runs a command to its end."""
 
     def run(*arguments: str, stdin: bytes = b"") -> Ended:
         monkeypatch.setattr(sys, "argv", ["asyncq", *arguments])

@@ -64,6 +64,17 @@ def test_what_names_hold_steers_no_terminal(run: Run, store_url: str) -> None:
     assert ended.out.rstrip("\n").isprintable()
 
 
+def test_a_task_for_later_is_scheduled_and_stats_show_it(run: Run, store_url: str) -> None:
+    ended = run("enqueue", "t", "--redis", store_url, "--process-in", "1h", "--task-id", "1")
+    assert ended.out == "enqueued 't' in queue 'default' as '1'\n"
+    assert info_of("1", store_url).state == "scheduled"
+    table = run("stats", "--redis", store_url)
+    assert (table.code, table.err) == (0, "")
+    rows = [line.split() for line in table.out.splitlines() if line.strip(" ─")]
+    assert rows[0][:4] == ["queue", "pending", "active", "scheduled"]
+    assert [row[:4] for row in rows[1:]] == [["default", "0", "0", "1"], ["total", "0", "0", "1"]]
+
+
 def info_of(task_id: str, url: str) -> TaskInfo:
     with SyncClient(url) as client:
         return client.handle(task_id).info()

@@ -25,6 +25,10 @@ from asyncq.server.in_flight import CANCELED, DEADLINE, LEASE_LOST, SHUTDOWN, In
 NOW = 1_800_000_000.0
 
 
+class Payload(BaseModel):
+    user_id: int
+
+
 class World:
     """An execution of one mux, and the lane it takes messages from."""
 
@@ -243,9 +247,6 @@ async def test_a_result_that_cannot_be_written_fails_the_task() -> None:
 
 
 async def test_a_payload_that_does_not_validate_is_archived_with_the_reason() -> None:
-    class Payload(BaseModel):
-        user_id: int
-
     async def handler(payload: Payload) -> None:
         raise AssertionError("it was called")
 
