@@ -119,6 +119,8 @@ class Client:
             EnqueueUncertainError: the connection died after the request had left.
             BrokerError: Redis refused, or (BrokerUnavailableError) could not be reached.
         """
+        if not isinstance(task, Task):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"enqueue takes a Task, not {task!r}")
         if self._middleware:
             return await self._through_middleware(task.with_options(**options) if options else task)
         return await self._enqueue(task, cast(dict[str, Any], options))
@@ -295,6 +297,9 @@ class Client:
 
     async def wait_result(self, task_id: str, queue: str, timeout_s: float | None) -> bytes:
         """Wait until a task has ended and return its result; see `TaskHandle.result`."""
+        ended = await self._ends.look(task_id, queue)  # also for a timeout of 0
+        if ended is not None:
+            return ended
         async with asyncio.timeout(timeout_s):
             return await self._ends.wait(task_id, queue)
 

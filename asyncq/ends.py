@@ -10,6 +10,7 @@ from asyncq.broker.events import Listener
 from asyncq.broker.keys import queue_keys
 from asyncq.errors import (
     AsyncqError,
+    BrokerError,
     BrokerUnavailableError,
     MalformedMessageError,
     TaskFailedError,
@@ -22,6 +23,7 @@ class Ends:
     """Waits for the ends of tasks without polling: Redis tells when a task's hash changes."""
 
     def __init__(self, broker: Broker) -> None:
+        self._broker = broker
         self._waiters: dict[tuple[str, str], set[asyncio.Future[bytes]]] = {}
         self._keys: dict[str, tuple[str, str]] = {}  # key of the hash → (queue, task id)
         self._seen: set[str] = set()  # keys that were there when they were read
@@ -29,6 +31,17 @@ class Ends:
         self._changed = asyncio.Event()
         self._listener = Listener(broker.pool, self._on_change)
         self._running: asyncio.Future[Any] | None = None
+
+    async def look(self, task_id: str, queue: str) -> bytes | None:
+        """Return the result of a task, `None` if it has not ended; raises as `wait` does."""
+        fields = ["HMGET", queue_keys(queue).task(task_id), "state", "msg", "result"]
+        (answer,) = await self._broker.pool.call(fields)
+        if isinstance(answer, BrokerError):
+            raise answer
+        ended = _end(task_id, queue, *answer, was_there=False)
+        if isinstance(ended, AsyncqError):
+            raise ended
+        return ended
 
     async def wait(self, task_id: str, queue: str) -> bytes:
         """Return the result of a task once it has one; raises as `TaskHandle.result` does."""

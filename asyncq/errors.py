@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 __all__ = [
@@ -146,7 +147,8 @@ class HandlerNotFoundError(AsyncqError):
     """
 
     def __init__(self, task_type: str) -> None:
-        super().__init__(f'handler not found for task "{task_type}"')
+        quoted = json.dumps(task_type, ensure_ascii=False)  # nearly as Go quotes it
+        super().__init__(f"handler not found for task {quoted}")
         self.task_type = task_type
 
 

@@ -256,8 +256,16 @@ class Mux(Generic[S]):
         if self._client is not None:
             other.bind(self._client)
 
-    def bind(self, client: Enqueuer) -> None:
-        """Let `enqueue` of every handler use this client, included and later ones too."""
+    @property
+    def client(self) -> Enqueuer | None:
+        """The client that `bind` gave."""
+        return self._client
+
+    def bind(self, client: Enqueuer | None) -> None:
+        """Let `enqueue` of every handler use this client, included and later ones too.
+
+        A worker binds its own while it runs, unless another is bound. `None` takes it away.
+        """
         self._client = client
         for handler in self._types.values():
             handler.bind(client)

@@ -614,8 +614,8 @@ class TaskType(Generic[P, R]):
         """
         return await self.client.enqueue(cast(Any, self).new(payload, **options))
 
-    def bind(self, client: Enqueuer) -> None:
-        """Let `enqueue` use this client."""
+    def bind(self, client: Enqueuer | None) -> None:
+        """Let `enqueue` use this client; `None` takes it away."""
         self._client = client
 
     @property

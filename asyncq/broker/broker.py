@@ -140,12 +140,7 @@ class Broker:
         refused: list[AsyncqError | None] = [None] * len(tasks)
         refusals: list[tuple[int, bytes, bytes]] = answers[1]
         for row, reason, holder in refusals:
-            task = tasks[row - 1]
-            refused[row - 1] = (
-                TaskIDConflictError(task.id, queue)
-                if reason == b"conflict"
-                else DuplicateTaskError(task.type, queue, text(holder), task.lock or "")
-            )
+            refused[row - 1] = _refusal(tasks[row - 1], queue, reason, text(holder))
         return refused
 
     async def pump(
@@ -256,10 +251,6 @@ class Broker:
             ["DEL", workers],
         )
 
-    async def announce_queues(self, queues: Iterable[str]) -> None:
-        """Make queues known, so that they are listed before their first task."""
-        await self._one(["SADD", keys.QUEUES, *queues])
-
     async def cancel(self, task_id: str, *, retry: bool) -> None:
         """Ask whoever runs a task to cancel it; without `retry` our workers archive it then."""
         publish: list[Sequence[Arg]] = [["PUBLISH", keys.CANCEL, task_id]]
@@ -283,6 +274,16 @@ class Broker:
 def _keys(script: str, queue: str) -> dict[str, str]:
     k = queue_keys(queue)
     return {name: getattr(k, name) for name in SCRIPTS[script].keys if name != "last"}
+
+
+def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqError:
+    match reason:
+        case b"conflict":
+            return TaskIDConflictError(task.id, queue)
+        case b"duplicate":
+            return DuplicateTaskError(task.type, queue, holder, task.lock or "")
+        case _:
+            return BrokerError(f"WRONGTYPE {holder} is no group: another program uses this key")
 
 
 def _pump(server_id: str, request: Request) -> Command:

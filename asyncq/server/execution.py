@@ -70,8 +70,10 @@ class Execution:
         run.client = self._client
         self._in_flight.add(run)
         run.task = loop.create_task(self._run(run))
-        if left_s < NEAR_S:
-            run.timer = loop.call_later(max(0.0, left_s), run.cancel, DEADLINE)
+        if left_s <= 0:  # over before it began, so the handler is not called
+            run.cancel(DEADLINE)
+        elif left_s < NEAR_S:
+            run.timer = loop.call_later(left_s, run.cancel, DEADLINE)
 
     async def _run(self, run: Run) -> None:
         run.begun = True
@@ -89,6 +91,10 @@ class Execution:
         except BaseException as error:  # SystemExit from a handler must not end the server
             outcome = await self._failed(run, entry, context, error)
         self._in_flight.end(run, outcome)
+
+    def counts(self, task_type: str, error: BaseException) -> bool:
+        """Whether an error of a task of this type is a failure that spends a retry."""
+        return self._counts(self.routes.find(task_type), error)
 
     def watch(self) -> int:
         """Give near deadlines their timer and write off what ignores its cancellation.
@@ -141,10 +147,10 @@ class Execution:
     ) -> Outcome | None:
         if run.cancel_reason in (LEASE_LOST, SHUTDOWN):
             return self._interrupted(run, entry)
-        if isinstance(error, Snooze):
-            return self._snoozed(run, error)
-        if isinstance(error, asyncio.CancelledError) and run.cancel_reason is not None:
+        if run.cancel_reason is not None:  # whatever else the handler raised on its way out
             error = CancelledRun(run.cancel_reason)
+        elif isinstance(error, Snooze):
+            return self._snoozed(run, error)
         await self._tell(context, error)
         return self._failure(run, entry, error)
 

@@ -37,6 +37,7 @@ from asyncq.settings import redis_url
 log = logging.getLogger("asyncq.server")
 
 CANCEL_GRACE_S: Final = 1.0  # how long cancelled handlers have to clean up
+SUBSCRIBE_S: Final = 1.0  # how long a server waits for its listener before it takes tasks
 DRAIN_LOOK_S: Final = 0.05  # between two looks at queues that other workers empty
 DRAIN_S: Final = 1.0  # how long outcomes have to be saved, at the very end
 
@@ -135,7 +136,7 @@ class Server:
         await self._build(mux)
         self._heartbeat.start()
         await self._heartbeat.first_beat()
-        self._start_loops()
+        await self._start_loops()
         if self._state == "starting":
             self._state = "active"
         log.info(
@@ -213,7 +214,6 @@ class Server:
             try:
                 await self._broker.open()
                 await self._client.open()
-                await self._broker.announce_queues(self.config.queues)
             except BrokerUnavailableError as error:
                 try:
                     async with asyncio.timeout(trouble.pause_s(error)):
@@ -227,7 +227,9 @@ class Server:
 
     async def _build(self, mux: Mux[Any]) -> None:
         config = self.config
-        mux.bind(self._client)
+        if mux.client is None:
+            mux.bind(self._client)
+            self._stack.callback(mux.bind, None)
         self._executors = Executors(config.concurrency)
         self._in_flight = InFlight(
             config.queues, config.concurrency, self._broker.annotate, config.queue_concurrency
@@ -256,13 +258,13 @@ class Server:
             Identity(self.server_id, config.concurrency, config.queues, config.strict_priority),
         )
 
-    def _start_loops(self) -> None:
+    async def _start_loops(self) -> None:
         watcher, canceller = Watcher(self._in_flight), Canceller(self._in_flight)
         listener = Listener(self._broker.pool, watcher.on_change, canceller.on_message, CHANNELS)
         housekeeping: list[Loop] = [
             Overseer(self._execution),
             Forwarder(self._broker, self._in_flight),
-            Recoverer(self._broker, self._in_flight, is_failure=self.config.is_failure),
+            Recoverer(self._broker, self._in_flight, self._execution.counts),
             Janitor(self._broker, self._in_flight),
         ]
         if self.config.health_check is not None:
@@ -271,6 +273,13 @@ class Server:
             )
         self._start("listener", self._listen(listener))
         self._start("watcher", watcher.run(listener))
+        # A cancelation sent the moment a task runs is to be heard; if Redis has just gone,
+        # there is nothing to run either.
+        try:
+            async with asyncio.timeout(SUBSCRIBE_S):
+                await listener.connected.wait()
+        except TimeoutError:
+            pass
         self._start("pump", self._pump.run())
         for loop in housekeeping:
             self._start(loop.name, loop.run())

@@ -1,9 +1,13 @@
 -- enqueue: puts new tasks on one queue, each at once, at its time or into its group.
 -- KEYS    pending, scheduled, due, groups
 -- ARGV    prefix, tasks[id, message, extra]
--- RETURNS {row, 'conflict' | 'duplicate', holder}... for the tasks that were refused
--- USES    start, clock
+-- RETURNS {row, 'conflict' | 'duplicate' | 'wrongtype', holder or key}... for what was refused
+-- USES    start, types, clock
 -- `extra` is '' for a task that is due now, else JSON: at (unix ms), group, lock, lock_s.
+local refusal = wrong_type({ [pending] = 'list', [scheduled] = 'zset', [due] = 'zset', [groups] = 'set' })
+if refusal then
+  return refusal
+end
 local refused, now_pending = {}, {}
 
 local function add(id, key, message, extra)
@@ -40,10 +44,14 @@ for i = 1, tasks_n do
   local extra = ARGV[row + 3] == '' and nothing or cjson.decode(ARGV[row + 3])
   local key = prefix .. 't:' .. id
   local holder = extra.lock and redis.call('GET', extra.lock)
-  if holder and holder ~= id then
+  local exists = redis.call('EXISTS', key) == 1
+  -- The lock first, as in Asynq; one that the task itself left behind is its own again.
+  if holder and (exists or holder ~= id) then
     refused[#refused + 1] = { i, 'duplicate', holder }
-  elseif redis.call('EXISTS', key) == 1 then
+  elseif exists then
     refused[#refused + 1] = { i, 'conflict', id }
+  elseif extra.group and wrong_type({ [prefix .. 'g:' .. extra.group] = 'zset' }) then
+    refused[#refused + 1] = { i, 'wrongtype', prefix .. 'g:' .. extra.group }
   else
     add(id, key, message, extra)
   end

@@ -9,7 +9,8 @@ local moved = 0
 
 local function forward(set, id)
   local key = prefix .. 't:' .. id
-  local group, message = unpack(redis.call('HMGET', key, 'group', 'msg'))
+  local fields = redis.pcall('HMGET', key, 'group', 'msg') -- an error has no fields
+  local group, message = fields[1], fields[2]
   redis.call('ZREM', set, id)
   redis.call('ZREM', due, id)
   moved = moved + 1

@@ -3,7 +3,7 @@
 --         processed, failed
 -- ARGV    prefix, sequence, want, done[id, mark], moves[kind, id, mark, at, message, lock, result]
 -- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages}
--- USES    start, clock, lease, counters, moves
+-- USES    start, types, clock, lease, counters, moves
 -- A write that Redis allows at its memory limit comes first: it lets the rest of the script
 -- write too, so that workers drain a Redis that is full.
 redis.call('DEL', prefix)
@@ -25,12 +25,9 @@ if before then
   end
 end
 
--- What another program made of these keys is seen before anything is written.
-for key, kind in pairs({ [pending] = 'list', [active] = 'list', [lease] = 'zset' }) do
-  local found = redis.call('TYPE', key).ok
-  if found ~= kind and found ~= 'none' then
-    return redis.error_reply('WRONGTYPE ' .. key .. ' is a ' .. found .. ', not a ' .. kind)
-  end
+local refusal = wrong_type({ [pending] = 'list', [active] = 'list', [lease] = 'zset' })
+if refusal then
+  return refusal
 end
 
 local refused, broken = {}, {}

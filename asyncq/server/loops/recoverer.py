@@ -27,14 +27,13 @@ class Recoverer(Loop):
         self,
         broker: Broker,
         in_flight: InFlight,
-        *,
-        is_failure: Callable[[BaseException], bool] | None = None,
+        counts: Callable[[str, BaseException], bool] | None = None,
         interval_s: float = INTERVAL_S,
     ) -> None:
         super().__init__(interval_s)
         self._broker = broker
         self._in_flight = in_flight
-        self._is_failure = is_failure
+        self._counts = counts  # (task type, error) -> whether it spends a retry; None: always
 
     async def tick(self) -> int:
         """Recover what can be in every queue; one that fails does not keep the others waiting."""
@@ -73,6 +72,6 @@ class Recoverer(Loop):
         lost = LeaseExpiredError()
         if message.retried >= message.retry:
             return found, "archive", 0, failed(message, str(lost), now_s, retried=False)
-        counts = self._is_failure is None or self._is_failure(lost)
+        counts = self._counts is None or self._counts(message.type, lost)
         kind = "retry" if counts else "retry_uncounted"
         return found, kind, "now", failed(message, str(lost), now_s, retried=counts)

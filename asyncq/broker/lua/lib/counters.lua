@@ -35,7 +35,7 @@ local function count(processed, failed, processed_n, failed_n)
   end
   local date = utc_date(now_s)
   count_day(processed, date, processed_n)
-  local full = (tonumber(redis.call('GET', processed) or 0) or 0) + processed_n > TOTAL_MAX - 1
+  local full = (tonumber(redis.call('GET', processed) or 0) or 0) + processed_n >= TOTAL_MAX
   if full then
     redis.call('SET', processed, processed_n)
   else

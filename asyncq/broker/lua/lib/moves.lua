@@ -119,7 +119,7 @@ local moves_by_kind = {
   -- Its hash is gone, so there is nothing to run or keep.
   forget = function(id, key)
     leave_active(id)
-    if redis.call('HEXISTS', key, 'msg') == 0 then
+    if redis.pcall('HEXISTS', key, 'msg') == 0 then -- an error: it is no hash
       redis.call('UNLINK', key)
     end
   end,
