@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, TypeAlias, Unpack, cast, overload
 
 from typing_extensions import TypeVar
 
-from asyncq.broker.broker import BATCH, Broker, NewTask
+from asyncq.broker.broker import BATCH, Broker, NewTask, batch_of
 from asyncq.broker.inspection import StoredTask, find_task
 from asyncq.broker.keys import queue_keys
 from asyncq.clock import from_unix
@@ -193,12 +193,13 @@ class Client:
         """Send what waits; while one call is under way, the next batch gathers."""
         try:
             while waiting:
-                batch = waiting[:BATCH]
-                del waiting[:BATCH]
+                n = batch_of(len(new.message) for new, _ in waiting)
+                batch = waiting[:n]
+                del waiting[:n]
                 try:
                     refused = await self._broker.enqueue(queue, [new for new, _ in batch])
                 except BaseException as failure:
-                    for _, future in batch:
+                    for _, future in (*batch, *waiting):
                         if not future.done():
                             future.set_exception(failure)
                     raise
@@ -227,10 +228,13 @@ class Client:
             by_queue.setdefault(plan.queue, []).append((len(results), new))
             results.append(TaskHandle(new.id, plan.queue, self, task.result_codec))
         for queue, rows in by_queue.items():
-            refused = await self._broker.enqueue(queue, [new for _, new in rows])
-            for (i, _), error in zip(rows, refused, strict=True):
-                if error is not None:
-                    results[i] = error
+            while rows:
+                n = batch_of(len(new.message) for _, new in rows)
+                refused = await self._broker.enqueue(queue, [new for _, new in rows[:n]])
+                for (i, _), error in zip(rows[:n], refused, strict=True):
+                    if error is not None:
+                        results[i] = error
+                del rows[:n]
         return results
 
     def _new(self, task: Task[Any], plan: Plan) -> NewTask:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Final
 
 from asyncq.broker.broker import BATCH, Broker
+from asyncq.broker.connection import Answer
 from asyncq.broker.events import Listener
 from asyncq.broker.keys import queue_keys
 from asyncq.errors import (
@@ -18,6 +19,8 @@ from asyncq.errors import (
 )
 from asyncq.message import decode
 
+READ_AGAIN_S: Final = 5.0
+
 
 class Ends:
     """Waits for the ends of tasks without polling: Redis tells when a task's hash changes."""
@@ -26,11 +29,10 @@ class Ends:
         self._broker = broker
         self._waiters: dict[tuple[str, str], set[asyncio.Future[bytes]]] = {}
         self._keys: dict[str, tuple[str, str]] = {}  # key of the hash → (queue, task id)
-        self._seen: set[str] = set()  # keys that were there when they were read
         self._to_read: set[str] = set()
         self._changed = asyncio.Event()
         self._listener = Listener(broker.pool, self._on_change)
-        self._running: asyncio.Future[Any] | None = None
+        self._running: asyncio.Task[None] | None = None
 
     async def look(self, task_id: str, queue: str) -> bytes | None:
         """Return the result of a task, `None` if it has not ended; raises as `wait` does."""
@@ -44,9 +46,12 @@ class Ends:
         return ended
 
     async def wait(self, task_id: str, queue: str) -> bytes:
-        """Return the result of a task once it has one; raises as `TaskHandle.result` does."""
+        """Return the result of a task that `look` found unended, once it has one.
+
+        Raises as `TaskHandle.result` does.
+        """
         if self._running is None:
-            self._running = asyncio.gather(self._listener.run(), self._read_changed())
+            self._running = asyncio.create_task(self._run())
             self._running.add_done_callback(self._stopped)
         key = queue_keys(queue).task(task_id)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -64,9 +69,14 @@ class Ends:
     async def close(self) -> None:
         """Stop listening."""
         if self._running is not None:
-            running, self._running = self._running, None
+            running = self._running
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listener.run())
+            group.create_task(self._read_changed())
 
     def _on_change(self, key: str | None) -> None:
         if key is None:
@@ -79,7 +89,11 @@ class Ends:
         """Read what changed, many tasks in one write."""
         while True:
             await self._listener.connected.wait()
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(READ_AGAIN_S):
+                    await self._changed.wait()
+            except TimeoutError:  # a connection that died without a word tells nothing either
+                self._to_read |= self._keys.keys()
             self._changed.clear()
             keys = [key for key in self._to_read if key in self._keys][:BATCH]
             self._to_read -= set(keys)
@@ -95,17 +109,18 @@ class Ends:
                 self._to_read |= set(keys)
                 await asyncio.sleep(0.02)  # the listener finds the connection lost
                 continue
-            for key, (state, raw, result) in zip(keys, answers, strict=True):
-                self._settle(key, state, raw, result)
+            for key, answer in zip(keys, answers, strict=True):
+                self._settle(key, answer)
 
-    def _settle(
-        self, key: str, state: bytes | None, raw: bytes | None, result: bytes | None
-    ) -> None:
+    def _settle(self, key: str, answer: Answer) -> None:
         if key not in self._keys:
             return  # nobody waits any more
         queue, task_id = self._keys[key]
-        ended = _end(task_id, queue, state, raw, result, was_there=key in self._seen)
-        self._seen.add(key)
+        ended = (
+            answer
+            if isinstance(answer, BrokerError)
+            else _end(task_id, queue, *answer, was_there=True)
+        )
         if ended is None:
             return
         for future in self._waiters[queue, task_id]:
@@ -118,12 +133,13 @@ class Ends:
 
     def _forget(self, key: str) -> None:
         del self._waiters[self._keys.pop(key)]
-        self._seen.discard(key)
 
-    def _stopped(self, running: asyncio.Future[Any]) -> None:
-        """Redis does not let us listen: whoever waits is told why."""
+    def _stopped(self, running: asyncio.Task[None]) -> None:
+        """Redis does not let us listen, or the client is closed: whoever waits is told why."""
         self._running = None
         error = None if running.cancelled() else running.exception()
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
         for waiters in self._waiters.values():
             for future in waiters:
                 if not future.done():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 Kind = Literal[
     "done", "complete", "retry", "retry_uncounted", "snooze", "archive", "quarantine", "requeue"
@@ -24,6 +24,20 @@ class Outcome:
     at: int = 0
     message: bytes = b""
     result: bytes | None = None
+
+
+class Ended(NamedTuple):
+    """An outcome that waits to be saved; `lock` is the key of the task's unique lock, or empty."""
+
+    task_id: str
+    mark: int
+    lock: str
+    outcome: Outcome
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes to save it."""
+        return len(self.outcome.message) + len(self.outcome.result or b"")
 
 
 DONE: Final = Outcome("done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,12 +20,28 @@ from asyncq.errors import (
     EnqueueUncertainError,
     TaskIDConflictError,
 )
-from asyncq.outcome import Outcome
+from asyncq.outcome import Ended
 
 BATCH: Final = 250
 """Tasks a script call; a call of 1,000 held Redis for 13 ms, and unpack fails near 4,000."""
 
+BATCH_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of messages a script call, so that it ends in time over a slow link."""
+
 SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
+
+
+log = logging.getLogger("asyncq.broker")
+
+
+def batch_of(sizes: Iterable[int]) -> int:
+    """Return how many of the things with these sizes, in bytes, go into one call: at least one."""
+    total = 0
+    for n, size in enumerate(sizes):
+        total += size
+        if n == BATCH or (n and total > BATCH_BYTES):
+            return n
+    return BATCH
 
 
 @dataclass(slots=True)
@@ -60,11 +77,14 @@ class Request:
     queue: str
     sequence: int
     want: int = 0
+    outcomes: list[Ended] = field(default_factory=list[Ended])
     done: list[Arg] = field(default_factory=list[Arg])
     moves: list[Arg] = field(default_factory=list[Arg])
 
-    def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
-        """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
+    def save(self, ended: Ended) -> None:
+        """Add an outcome."""
+        task_id, mark, lock, outcome = ended
+        self.outcomes.append(ended)
         if outcome.kind == "done" and not lock:
             self.done += (task_id, mark)
             return
@@ -86,6 +106,8 @@ class Answered(NamedTuple):
     ghosts: list[str]
     ids: list[str]
     messages: list[bytes]
+    more: bool
+    """Fewer came than were wanted because their messages are large: more is pending."""
 
 
 class Expired(NamedTuple):
@@ -128,17 +150,19 @@ class Broker:
             rows += (task.id, task.message, task.extra())
         enqueue = SCRIPTS["enqueue"](_keys("enqueue", queue), prefix=k.prefix, tasks=rows)
         try:
-            answers = await self.pool.call(["SADD", keys.QUEUES, queue], enqueue)
+            announced, answer = await self.pool.call(["SADD", keys.QUEUES, queue], enqueue)
         except ConnectionLostError as error:
             if not error.sent:
                 return [error] * len(tasks)
             return [EnqueueUncertainError(t.id, queue, str(error.__cause__)) for t in tasks]
         except BrokerError as error:
             return [error] * len(tasks)
-        if failure := first_error(answers):
-            return [failure] * len(tasks)
+        if isinstance(answer, BrokerError):
+            return [answer] * len(tasks)
+        if isinstance(announced, BrokerError):  # the tasks are in: only lists will not show it
+            log.error("queue %r could not be made known: %s", queue, announced)
         refused: list[AsyncqError | None] = [None] * len(tasks)
-        refusals: list[tuple[int, bytes, bytes]] = answers[1]
+        refusals: list[tuple[int, bytes, bytes]] = answer
         for row, reason, holder in refusals:
             refused[row - 1] = _refusal(tasks[row - 1], queue, reason, text(holder))
         return refused
@@ -196,10 +220,15 @@ class Broker:
         rows: list[Arg] = []
         for found, kind, at, message in moves:
             rows += (kind, found.id, found.score, at, message)
-        moved: int = await self._one(
+        moved, broken = await self._one(
             SCRIPTS["recover"](_keys("recover", queue), prefix=queue_keys(queue).prefix, moves=rows)
         )
-        return moved
+        for task_id, error in broken:
+            log.error(
+                "task %r of queue %r could not be recovered: %s",
+                text(task_id), queue, error.decode(errors="replace"),
+            )  # fmt: skip
+        return int(moved)
 
     async def expire_completed(self, queue: str, limit: int = BATCH) -> int:
         """Delete up to `limit` completed tasks whose retention has ended."""
@@ -299,7 +328,7 @@ def _pump(server_id: str, request: Request) -> Command:
 
 
 def _answered(answer: list[Any]) -> Answered:
-    (seconds, micros), mark, refused, broken, ghosts, ids, messages = answer
+    (seconds, micros), mark, refused, broken, ghosts, ids, messages, more = answer
     return Answered(
         int(seconds) + int(micros) / 1e6,
         mark,
@@ -308,4 +337,5 @@ def _answered(answer: list[Any]) -> Answered:
         [text(task_id) for task_id in ghosts],
         [text(task_id) for task_id in ids],
         messages,
+        bool(more),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -29,7 +30,10 @@ _TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READ
 
 _hiredis: Any = hiredis  # its stubs know no tuples of several items
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError)
-_REFUSED = (exceptions.AuthenticationError, exceptions.BusyLoadingError)
+
+_URL_OPTIONS = {
+    "client_name", "connection_class", "db", "host", "password", "path", "port", "username",
+}  # fmt: skip
 
 Answer = Any
 """What Redis answered: bytes, int, None or lists of these; a `BrokerError` where it refused."""
@@ -46,18 +50,28 @@ class ConnectionLostError(BrokerUnavailableError):
 def translate(error: exceptions.RedisError) -> BrokerError:
     """Turn an error of redis-py into ours: full, unavailable (try later), or refused."""
     text = str(error)
-    if isinstance(error, exceptions.OutOfMemoryError) or text.startswith("OOM"):
+    if _is_refused_login(error):
+        return BrokerError(f"Redis refused the credentials: {text}")
+    if isinstance(error, exceptions.OutOfMemoryError) or "OOM command not allowed" in text:
         return BrokerFullError(
             f"Redis is at its memory limit and takes no new tasks ({text}): let workers drain "
             "the queues, or raise maxmemory"
         )
-    if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
-        return BrokerError(f"Redis refused the credentials or the command: {text}")
-    if isinstance(
-        error, exceptions.ConnectionError | exceptions.TimeoutError | exceptions.ReadOnlyError
-    ) or text.startswith(_TRANSIENT):
+    if isinstance(error, exceptions.NoPermissionError):
+        return _NoPermission(f"Redis does not permit the command: {text}")
+    if isinstance(error, exceptions.ReadOnlyError) or "READONLY" in text:
+        return _ReadOnly(f"Redis is a replica, which takes no writes: {text}")
+    if isinstance(error, _LOST) or text.startswith(_TRANSIENT):
         return BrokerUnavailableError(f"Redis is not available: {text}")
     return BrokerError(text)
+
+
+def _is_refused_login(error: BaseException) -> bool:
+    # redis-py wraps it in a ConnectionError while it connects, and one is a ConnectionError.
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, exceptions.AuthenticationError) or isinstance(
+        cause, exceptions.AuthenticationError
+    )
 
 
 class Pool:
@@ -88,6 +102,8 @@ class Pool:
             self._kwargs["path"] = self._store.socket
         self._open = True
         (info,) = await self.call(["INFO", "server"])
+        if isinstance(info, _NoPermission):
+            return  # a producer needs no right to INFO; a Redis that is too old shows otherwise
         if isinstance(info, BrokerError):
             raise info
         _check_version(info)
@@ -103,14 +119,25 @@ class Pool:
         async with self._free:
             connection = self._idle.pop() if self._idle else self._new(protocol=2)
             try:
-                return await self._call_on(connection, commands)
+                answers = await self._call_on(connection, commands)
+                if any(isinstance(answer, _ReadOnly) for answer in answers):
+                    await self._forget_primary(connection)
+                return answers
             except BaseException:
                 # The answer may still be under way, and would be taken for that of the next
                 # command. (A cancelled call ends here too.)
                 await connection.disconnect(nowait=True)
                 raise
             finally:
-                self._idle.append(connection)
+                if self._open:
+                    self._idle.append(connection)
+                else:
+                    await connection.disconnect(nowait=True)
+
+    async def _forget_primary(self, connection: aioredis.Connection) -> None:
+        """After a failover the old primary is a replica: new connections find the new one."""
+        for stale in (connection, *self._idle):
+            await stale.disconnect(nowait=True)
 
     async def _call_on(
         self, connection: aioredis.Connection, commands: Sequence[Sequence[Arg] | Command]
@@ -131,7 +158,11 @@ class Pool:
                         answers[i] = await _answer(connection)
                 return answers
         except exceptions.RedisError as error:
-            if isinstance(error, _LOST) and not isinstance(error, _REFUSED):
+            if (
+                isinstance(error, _LOST)
+                and not isinstance(error, exceptions.BusyLoadingError)
+                and not _is_refused_login(error)
+            ):
                 raise ConnectionLostError(error, self.where, sent=sent) from error
             raise translate(error) from error
         except (OSError, TimeoutError) as error:
@@ -152,6 +183,8 @@ class Pool:
         Raises:
             BrokerUnavailableError: nobody answers.
         """
+        if not self._open:
+            raise BrokerUnavailableError("not connected, or closed")
         connection = self._new(protocol=3)
         try:
             try:
@@ -184,6 +217,14 @@ class Pool:
         kind = options.pop("connection_class", aioredis.Connection)
         connection: aioredis.Connection = kind(**options)
         return connection
+
+
+class _ReadOnly(BrokerUnavailableError):
+    """Redis is a replica now, or still."""
+
+
+class _NoPermission(BrokerError):
+    """The user that we are in Redis has no right to a command."""
 
 
 class _NoScript(BrokerError):
@@ -229,17 +270,16 @@ def first_error(answers: Iterable[Answer]) -> BrokerError | None:
 
 
 def _parse(url: str) -> tuple[dict[str, Any], str | None]:
-    scheme = urlsplit(url).scheme
     try:
-        match scheme:
+        match urlsplit(url).scheme:
             case "embedded":
                 path, _, query = url.removeprefix("embedded://").partition("?")
                 kwargs = {"connection_class": aioredis.UnixDomainSocketConnection, "db": _db(query)}
                 return kwargs, unquote(path)
             case "redis-socket":  # Asynq's name for unix://
-                return dict(parse_url(_unix_url(url))), None
+                return _connection_options(_unix_url(url)), None
             case "redis" | "rediss" | "unix":
-                return dict(parse_url(url)), None
+                return _connection_options(url), None
             case _:
                 pass
     except (ValueError, TypeError) as error:
@@ -248,6 +288,14 @@ def _parse(url: str) -> tuple[dict[str, Any], str | None]:
         f"the Redis URL {_without_password(url)!r} has an unknown scheme: use redis://, rediss://, "
         "unix://, redis-socket:// or embedded://"
     )
+
+
+def _connection_options(url: str) -> dict[str, Any]:
+    options: dict[str, Any] = dict(parse_url(url))
+    for name in options:
+        if name not in _URL_OPTIONS and not name.startswith("ssl_"):
+            raise ValueError(f"there is no option {name!r}, only db, client_name and ssl_...")
+    return options
 
 
 def _unix_url(url: str) -> str:
@@ -259,8 +307,8 @@ def _db(query: str) -> int:
 
 
 def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+    masked = re.sub(r"(://[^/@]*?):.*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
 
 
 def _check_version(info: bytes) -> None:

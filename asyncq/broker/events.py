@@ -15,14 +15,13 @@ from asyncq.broker.connection import (
     Answer,
     ConnectionLostError,
     Pool,
-    first_error,
     pack,
     text,
     translate,
 )
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import Arg
-from asyncq.errors import BrokerUnavailableError
+from asyncq.errors import BrokerError, BrokerUnavailableError
 
 log = logging.getLogger("asyncq.broker")
 
@@ -122,6 +121,8 @@ class Listener:
     async def read(self, *commands: Sequence[Arg]) -> list[Answer]:
         """Send reading commands and return their answers; the keys read are listened to.
 
+        What Redis refuses is an error among the answers, so that one key does not hide others.
+
         Raises:
             BrokerUnavailableError: the connection is down, or was lost.
         """
@@ -140,8 +141,8 @@ class Listener:
         except (TimeoutError, OSError, exceptions.RedisError) as error:
             await connection.disconnect(nowait=True)  # ends the reading loop, which reconnects
             raise ConnectionLostError(error, self._pool.where, sent=True) from error
-        if failure := first_error(answers):
-            raise failure
+        if lost := next((a for a in answers if isinstance(a, ConnectionLostError)), None):
+            raise lost
         return answers
 
     async def anything_pending(self, queues: Sequence[str]) -> list[bool]:
@@ -156,7 +157,7 @@ class Listener:
             commands += (["LLEN", k.pending], ["EXISTS", k.paused])
         answers = await self.read(*commands)
         return [
-            bool(pending and not paused)
+            not isinstance(pending, BrokerError) and bool(pending and not paused)
             for pending, paused in zip(answers[::2], answers[1::2], strict=True)
         ]
 
@@ -189,11 +190,11 @@ class Listener:
         return _PUSHED
 
 
-def _next_due_in_s(firsts: Sequence[list[tuple[bytes, float]]], now_s: float) -> float | None:
+def _next_due_in_s(firsts: Sequence[Answer], now_s: float) -> float | None:
     units = (1, 1, 1000)  # scheduled and retry hold seconds, due milliseconds
     due = [
         float(first[0][1]) / unit - now_s
         for first, unit in zip(firsts, units, strict=True)
-        if first
+        if first and not isinstance(first, BrokerError)
     ]
     return max(0.0, min(due)) if due else None

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Any, Final, TypeAlias
 
+from asyncq.clock import seconds
 from asyncq.context import Context, current
 from asyncq.errors import AsyncqError, InvalidPayloadError, LeaseExpiredError
 from asyncq.handler import Entry
@@ -89,7 +90,11 @@ class Execution:
             result = await entry.call(run.message.payload, context)
             outcome = self._succeeded(run, result)
         except BaseException as error:  # SystemExit from a handler must not end the server
-            outcome = await self._failed(run, entry, context, error)
+            try:
+                outcome = await self._failed(run, entry, context, error)
+            except BaseException:  # a run that never ends would keep its place and lease for ever
+                log.exception("the failure of task %r could not be dealt with", run.message.id)
+                outcome = self._failure(run, entry, CancelledRun("the error cannot be shown"))
         self._in_flight.end(run, outcome)
 
     def counts(self, task_type: str, error: BaseException) -> bool:
@@ -203,7 +208,7 @@ class Execution:
             return True
         try:
             return bool(is_failure(error))
-        except Exception:
+        except BaseException:
             log.exception("is_failure itself failed, so the failure counts")
             return True
 
@@ -213,9 +218,9 @@ class Execution:
         retried, task = run.message.retried, Context(run).task
         policy = entry.retry_delay or self._retry_delay
         try:
-            delay = policy(retried, error, task)
-            return max(0.0, delay if isinstance(delay, int | float) else delay.total_seconds())
-        except Exception:
+            delay = seconds(policy(retried, error, task), "the retry delay", least=None)
+            return max(0.0, delay)
+        except BaseException:
             log.exception("the retry delay policy itself failed: Asynq's delay is taken")
             return asynq_delay(retried, error, task)
 
@@ -230,7 +235,10 @@ class CancelledRun(AsyncqError):
 
 def error_text(error: BaseException) -> str:
     """Return what is kept as a task's error: the type and text, or Asynq's own text."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:
+        text = "its text cannot be shown"
     if isinstance(error, SkipRetry):
         return text or "skip retry for the task"
     if isinstance(error, RevokeTask):

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
-from asyncq.errors import LeaseExpiredError
+from asyncq.errors import AsyncqError, LeaseExpiredError
 from asyncq.message import TaskMessage
-from asyncq.outcome import REQUEUE, Outcome
+from asyncq.outcome import REQUEUE, Ended, Outcome
 
 Annotate = Callable[[str, str, int, str, bytes], Awaitable[bool]]
 """Writes (queue, task id, mark, field, value); False when the lease is no longer held."""
@@ -118,6 +118,11 @@ class Run:
     def sync_call(self, function: Callable[..., Awaitable[None]], /, *args: Any) -> None:
         """Run one of the two above from another thread, and wait for it."""
         assert self.task is not None
+        if self.task.get_loop() is _running_loop():
+            raise AsyncqError(
+                "ctx.sync waits, which would block the event loop: in an async handler use "
+                "await ctx.progress(...) and await ctx.write_result(...)"
+            )
 
         async def call() -> None:
             await function(*args)
@@ -140,7 +145,7 @@ class Lane:
         self.weight = weight
         self.limit = limit  # the most that may run at once, None: as many as there are places
         self.runs: dict[str, Run] = {}
-        self.ended: deque[tuple[str, int, str, Outcome]] = deque()  # id, mark, lock, outcome
+        self.ended: deque[Ended] = deque()
         self.turn = 0.0  # tasks taken divided by the weight: the lowest is asked first
         self.empty = False  # nothing was pending, or it is paused: wait until told otherwise
         self.rejoins = False  # was empty, so its turn has fallen behind
@@ -150,16 +155,20 @@ class Lane:
         self.arm_at = 0.0  # not before this, by the event loop's clock
         self.due_known = False  # due_at holds, and a change of it will be told
         self.due_at: float | None = None  # when the next delayed task is due, likewise
+        self.refused_until = 0.0  # Redis refuses requests for this queue: not before, likewise
 
-    def found(self, tasks: int, wanted: int, now: float) -> None:
-        """Note what a request for `wanted` tasks brought; `now` is the event loop's clock."""
+    def found(self, tasks: int, wanted: int, now: float, *, more: bool = False) -> None:
+        """Note what a request for `wanted` tasks brought, and if `more` than that is pending.
+
+        `now` is the event loop's clock.
+        """
         if tasks:
             self.fruitless = 0
         elif self.told:
             self.fruitless = min(self.fruitless + 1, LONGEST_SPREAD)
         self.told = False
         self.turn -= (wanted - tasks) / self.weight
-        if tasks < wanted:
+        if tasks < wanted and not more:
             self.empty = self.rejoins = True
             self.armed = False
             # Of a hundred idle workers that one push wakes, one gets the task. The others
@@ -242,20 +251,28 @@ class InFlight:
         if run.timer is not None:
             run.timer.cancel()
         if outcome is not None:
-            lane.ended.append((message.id, run.mark, message.unique_key, outcome))
+            lane.ended.append(Ended(message.id, run.mark, message.unique_key, outcome))
         self.changed.set()
 
     def put_back(self, lane: Lane, task_id: str, mark: int) -> None:
         """Leave a task that was taken but not started to the pump, to be put back."""
-        lane.ended.append((task_id, mark, "", REQUEUE))
+        lane.ended.append(Ended(task_id, mark, "", REQUEUE))
         self.changed.set()
 
     async def idle(self) -> None:
         """Wait until nothing runs."""
         while self.running:
-            self._idle = asyncio.Event()
+            if self._idle is None or self._idle.is_set():
+                self._idle = asyncio.Event()
             await self._idle.wait()
 
     def unsaved(self) -> int:
         """How many outcomes wait to be saved."""
         return sum(len(lane.ended) for lane in self.lanes.values())
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

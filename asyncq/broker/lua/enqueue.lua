@@ -43,10 +43,12 @@ for i = 1, tasks_n do
   local id, message = ARGV[row + 1], ARGV[row + 2]
   local extra = ARGV[row + 3] == '' and nothing or cjson.decode(ARGV[row + 3])
   local key = prefix .. 't:' .. id
-  local holder = extra.lock and redis.call('GET', extra.lock)
+  local holder = extra.lock and redis.pcall('GET', extra.lock)
   local exists = redis.call('EXISTS', key) == 1
   -- The lock first, as in Asynq; one that the task itself left behind is its own again.
-  if holder and (exists or holder ~= id) then
+  if type(holder) == 'table' then
+    refused[#refused + 1] = { i, 'wrongtype', extra.lock }
+  elseif holder and (exists or holder ~= id) then
     refused[#refused + 1] = { i, 'duplicate', holder }
   elseif exists then
     refused[#refused + 1] = { i, 'conflict', id }

@@ -2,15 +2,19 @@
 -- KEYS    active, lease
 -- ARGV    prefix, limit
 -- RETURNS {id, lease score or '', message or ''}...
--- USES    clock, lease
+-- USES    limits, clock, lease
 -- A lease with a mark was made by Redis's clock and has ended when it says so. One without
 -- was made by a Go host's clock, so it gets Asynq's 30 s for skew.
 local GRACE_S = 30
 limit = tonumber(limit)
-local found = {}
+local found, bytes = {}, 0
 
 local function report(id, score)
+  if bytes > BATCH_BYTES then
+    return
+  end
   local message = redis.pcall('HGET', prefix .. 't:' .. id, 'msg')
+  bytes = bytes + (type(message) == 'string' and #message or 0)
   found[#found + 1] = { id, score, type(message) == 'string' and message or '' }
 end
 

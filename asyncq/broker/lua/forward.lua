@@ -2,7 +2,7 @@
 -- KEYS    pending, scheduled, retry, due, groups
 -- ARGV    prefix, limit
 -- RETURNS {number moved, unix ms when the next is due or '', unix ms now}
--- USES    start, clock
+-- USES    start, types, clock
 redis.call('DEL', prefix) -- allowed at the memory limit, see pump
 limit = tonumber(limit)
 local moved = 0
@@ -17,7 +17,7 @@ local function forward(set, id)
   if not message then
     return -- its hash is gone: there is nothing to run
   end
-  if group and group ~= '' then
+  if group and group ~= '' and not wrong_type({ [prefix .. 'g:' .. group] = 'zset' }) then
     redis.call('ZADD', prefix .. 'g:' .. group, integer(now_s), id)
     redis.call('SADD', groups, group)
     redis.call('HSET', key, 'state', 'aggregating')

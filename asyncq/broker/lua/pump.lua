@@ -2,8 +2,9 @@
 -- KEYS    pending, active, lease, paused, scheduled, retry, archived, completed, due, mark, last,
 --         processed, failed
 -- ARGV    prefix, sequence, want, done[id, mark], moves[kind, id, mark, at, message, lock, result]
--- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages}
--- USES    start, types, clock, lease, counters, moves
+-- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages,
+--         1 if more was pending than one answer should carry}
+-- USES    start, limits, types, clock, lease, counters, moves
 -- A write that Redis allows at its memory limit comes first: it lets the rest of the script
 -- write too, so that workers drain a Redis that is full.
 redis.call('DEL', prefix)
@@ -21,7 +22,7 @@ if before then
         messages[#messages + 1] = message
       end
     end
-    return { time, mark_before, refused, broken, {}, kept, messages }
+    return { time, mark_before, refused, broken, {}, kept, messages, 0 }
   end
 end
 
@@ -35,33 +36,39 @@ local refused, broken = {}, {}
 -- Taking comes first: were lease emptied by the saving, it would start again as a small zset,
 -- in which every addition compares the scores of all members.
 local taken, messages, ghosts = {}, {}, {}
-local run_mark = 0
-if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 then
-  local ids = redis.call('RPOP', pending, want) or {}
-  if #ids > 0 then
-    run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
-    local ends, leases = lease_until(now_s, run_mark), {}
-    for _, id in ipairs(ids) do
-      local key = prefix .. 't:' .. id
-      local message = redis.pcall('HGET', key, 'msg')
-      if type(message) == 'string' then
-        redis.call('HSET', key, 'state', 'active')
-        redis.call('HDEL', key, 'pending_since')
-        taken[#taken + 1] = id
-        messages[#messages + 1] = message
-        leases[#leases + 1] = ends
-        leases[#leases + 1] = id
-      else -- no hash, or no hash with a message: nothing that could be run
-        ghosts[#ghosts + 1] = id
-        if not message then
-          redis.call('UNLINK', key)
-        end
+local run_mark, bytes, more = 0, 0, 0
+if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 and redis.call('LLEN', pending) > 0 then
+  run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
+  local ids = redis.call('RPOP', pending, want)
+  local ends, leases = lease_until(now_s, run_mark), {}
+  for i, id in ipairs(ids) do
+    if bytes > BATCH_BYTES then
+      more = 1
+      for j = #ids, i, -1 do -- back to where they were
+        redis.call('RPUSH', pending, ids[j])
+      end
+      break
+    end
+    local key = prefix .. 't:' .. id
+    local message = redis.pcall('HGET', key, 'msg')
+    if type(message) == 'string' then
+      bytes = bytes + #message
+      redis.call('HSET', key, 'state', 'active')
+      redis.call('HDEL', key, 'pending_since')
+      taken[#taken + 1] = id
+      messages[#messages + 1] = message
+      leases[#leases + 1] = ends
+      leases[#leases + 1] = id
+    else -- no hash, or no hash with a message: nothing that could be run
+      ghosts[#ghosts + 1] = id
+      if not message then
+        redis.call('UNLINK', key)
       end
     end
-    if #taken > 0 then
-      redis.call('LPUSH', active, unpack(taken))
-      redis.call('ZADD', lease, unpack(leases))
-    end
+  end
+  if #taken > 0 then
+    redis.call('LPUSH', active, unpack(taken))
+    redis.call('ZADD', lease, unpack(leases))
   end
 end
 
@@ -113,4 +120,4 @@ if not counted then -- the tasks are where they belong; only what is kept about 
 end
 
 redis.call('SET', last, cmsgpack.pack({ sequence, run_mark, refused, broken, taken }), 'EX', 60)
-return { time, run_mark, refused, broken, ghosts, taken, messages }
+return { time, run_mark, refused, broken, ghosts, taken, messages, more }

@@ -8,10 +8,10 @@ import logging
 import time
 from typing import Final
 
-from asyncq.broker.broker import BATCH, Answered, Broker, Request
-from asyncq.errors import BrokerError, MalformedMessageError
+from asyncq.broker.broker import BATCH, Answered, Broker, Request, batch_of
+from asyncq.errors import BrokerError, BrokerUnavailableError, MalformedMessageError
 from asyncq.message import decode, quarantined
-from asyncq.outcome import Outcome
+from asyncq.outcome import Ended, Outcome
 from asyncq.server.execution import Execution
 from asyncq.server.in_flight import LEASE_LOST, InFlight, Lane
 from asyncq.server.loop import Trouble
@@ -19,6 +19,7 @@ from asyncq.server.loop import Trouble
 log = logging.getLogger("asyncq.server")
 
 RUN_LATER_S: Final = 1.0
+HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the server stops
 
 
 class Pump:
@@ -46,6 +47,8 @@ class Pump:
         self._sequences = itertools.count(1)
         self._unanswered: dict[Lane, Request] = {}  # to be sent again as they are
         self._trouble = Trouble("pump")
+        self._refusals: dict[Lane, Trouble] = {}
+        self._stopping = asyncio.Event()
         self._quiet = asyncio.Event()  # the last tick found nothing to do
         self._fetching = True
         self._put_back = False  # what a fetch under way brings is not started any more
@@ -54,6 +57,7 @@ class Pump:
         """Take no more tasks; outcomes are still saved."""
         self._fetching = False
         self._put_back = True
+        self._stopping.set()
         self._in_flight.changed.set()
 
     async def run(self) -> None:
@@ -105,13 +109,16 @@ class Pump:
         """What to send to one queue, if anything; an unanswered request goes first, as it is."""
         if again := self._unanswered.get(lane):
             return {lane: again}
-        if not want and not lane.ended:
+        if (not want and not lane.ended) or self._refused(lane):
             return {}
         request = Request(lane.queue, next(self._sequences), want)
-        for _ in range(min(len(lane.ended), BATCH)):
-            request.save(*lane.ended.popleft())
+        for _ in range(min(len(lane.ended), batch_of(ended.size for ended in lane.ended))):
+            request.save(lane.ended.popleft())
         lane.turn += want / lane.weight
         return {lane: request}
+
+    def _refused(self, lane: Lane) -> bool:
+        return lane.refused_until > asyncio.get_running_loop().time()
 
     def _places(self) -> int:
         if not self._fetching:
@@ -123,7 +130,10 @@ class Pump:
         rooms = {
             lane: min(room, BATCH)
             for lane in self._lanes
-            if not lane.empty and lane not in self._unanswered and (room := lane.room(places)) > 0
+            if not lane.empty
+            and lane not in self._unanswered
+            and not self._refused(lane)
+            and (room := lane.room(places)) > 0
         }
         if len(rooms) <= 1:
             return rooms
@@ -141,11 +151,11 @@ class Pump:
         return wants
 
     def _let_rejoin(self, lanes: list[Lane]) -> None:
-        """A queue that was empty starts level with the others; it does not catch up."""
+        """A queue that was empty starts level with the others: no debts, nothing to catch up."""
         level = min((lane.turn for lane in lanes if not lane.rejoins), default=0.0)
         for lane in lanes:
             if lane.rejoins:
-                lane.turn = max(lane.turn, level)
+                lane.turn = level
                 lane.rejoins = False
 
     async def _send(self, requests: dict[Lane, Request]) -> None:
@@ -154,21 +164,45 @@ class Pump:
         self._unanswered |= requests
         try:
             answers = await self._broker.pump(self._server_id, list(requests.values()))
-        except BrokerError as error:
+        except BrokerUnavailableError as error:
+            await self._pause(self._trouble.pause_s(error))
+            return
+        except BrokerError as error:  # refused before any queue was asked
             answers = [error] * len(requests)
-        failure: BrokerError | None = None
+        self._trouble.over()
         for (lane, request), answer in zip(requests.items(), answers, strict=True):
+            if isinstance(answer, BrokerUnavailableError):
+                continue  # it is sent again, as it is
+            del self._unanswered[lane]
             if isinstance(answer, BrokerError):
-                failure = answer
+                self._put_off(lane, request, answer)
             else:
-                del self._unanswered[lane]
                 self._take(lane, request, answer)
-        if failure is None:
-            self._trouble.over()
+        if unavailable := next((a for a in answers if isinstance(a, BrokerUnavailableError)), None):
+            await self._pause(self._trouble.pause_s(unavailable))
+
+    async def _pause(self, pause_s: float) -> None:
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._stopping.wait()
+        except TimeoutError:
+            pass
         else:
-            await asyncio.sleep(self._trouble.pause_s(failure))
+            await asyncio.sleep(min(pause_s, HURRIED_PAUSE_S))
+
+    def _put_off(self, lane: Lane, request: Request, error: BrokerError) -> None:
+        """Redis refused one queue, and changed nothing: the others go on meanwhile."""
+        trouble = self._refusals.setdefault(lane, Trouble(f"queue {lane.queue!r}"))
+        pause_s = trouble.pause_s(error)
+        loop = asyncio.get_running_loop()
+        lane.refused_until = loop.time() + pause_s
+        lane.turn -= request.want / lane.weight
+        lane.ended.extendleft(reversed(request.outcomes))
+        loop.call_later(pause_s + 0.001, self._in_flight.changed.set)
 
     def _take(self, lane: Lane, request: Request, answer: Answered) -> None:
+        if trouble := self._refusals.pop(lane, None):
+            trouble.over()
         self._in_flight.clock_offset = answer.now - time.time()
         _report(lane.queue, answer)
         taken = list(zip(answer.ids, answer.messages, strict=True))
@@ -188,13 +222,14 @@ class Pump:
                 self._execution.start(lane, message, answer.mark, answer.now)
         if request.want:
             got = len(answer.ids) + len(answer.ghosts)
-            lane.found(got, request.want, asyncio.get_running_loop().time())
+            now = asyncio.get_running_loop().time()
+            lane.found(got, request.want, now, more=answer.more)
 
     def _run_later(self, lane: Lane, task_id: str, answer: Answered, raw: bytes) -> None:
         """An earlier run that lost its lease has not ended: two at a time would be worse."""
         lane.runs[task_id].cancel(LEASE_LOST)
         at_ms = int((answer.now + RUN_LATER_S) * 1000)
-        lane.ended.append((task_id, answer.mark, "", Outcome("snooze", at_ms, raw)))
+        lane.ended.append(Ended(task_id, answer.mark, "", Outcome("snooze", at_ms, raw)))
         self._in_flight.changed.set()
 
     def _quarantine(
@@ -205,7 +240,7 @@ class Pump:
             task_id, lane.queue, error,
         )  # fmt: skip
         message = quarantined(task_id, lane.queue, raw, str(error), int(self._in_flight.now()))
-        lane.ended.append((task_id, mark, "", Outcome("quarantine", 0, message)))
+        lane.ended.append(Ended(task_id, mark, "", Outcome("quarantine", 0, message)))
         self._in_flight.changed.set()
 
 

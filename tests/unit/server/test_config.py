@@ -46,7 +46,7 @@ def test_a_value_that_makes_no_sense_is_refused(options: dict[str, Any], says: s
 
 def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="concurency"):
-        Server("redis://localhost", concurency=5)  # type: ignore[call-arg]  # pyright: ignore
+        Server("redis://localhost", concurency=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 def test_durations_are_seconds_or_a_timedelta() -> None:

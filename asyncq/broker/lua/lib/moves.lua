@@ -1,5 +1,6 @@
 -- Where a run's outcome takes its task. Each move starts when the lease is known to be the
--- run's own, and takes the task out of active and lease itself.
+-- run's own. It leaves active and lease last: a write that is refused before (somebody made
+-- the key another type) leaves the task to its lease, and not in no place at all.
 local ARCHIVE_SIZE = 9999 -- what Asynq v0.26.0 leaves of its limit of 10,000
 local ARCHIVE_S = 90 * 86400
 local TRIM = 1000 -- ids a call, since unpack fails near 8,000
@@ -20,8 +21,8 @@ end
 
 -- A due time goes out twice: whole seconds, rounded up, for Asynq, exact milliseconds for us.
 local function schedule(set, id, due_ms)
-  redis.call('ZADD', set, integer(math.ceil(tonumber(due_ms) / 1000)), id)
   redis.call('ZADD', due, due_ms, id)
+  redis.call('ZADD', set, integer(math.ceil(tonumber(due_ms) / 1000)), id)
 end
 
 local function trim_archive()
@@ -46,15 +47,14 @@ end
 local moves_by_kind = {
   -- Handled, and nothing of it is kept.
   done = function(id, key, at, message, lock)
-    leave_active(id)
     redis.call('UNLINK', key)
     release(lock, id)
     processed_n = processed_n + 1
+    leave_active(id)
   end,
 
   -- Handled, and kept with its result until `at`.
   complete = function(id, key, at, message, lock, result)
-    leave_active(id)
     redis.call('ZADD', completed, at, id)
     redis.call('HSET', key, 'msg', message, 'state', 'completed')
     if result ~= '' then
@@ -62,65 +62,66 @@ local moves_by_kind = {
     end
     release(lock, id)
     processed_n = processed_n + 1
+    leave_active(id)
   end,
 
   -- Failed, and to be run again at `at`.
   retry = function(id, key, at, message)
-    leave_active(id)
     schedule(retry, id, at)
     redis.call('HSET', key, 'msg', message, 'state', 'retry')
     processed_n = processed_n + 1
     failed_n = failed_n + 1
+    leave_active(id)
   end,
 
   -- The same, but the failure does not count.
   retry_uncounted = function(id, key, at, message)
-    leave_active(id)
     schedule(retry, id, at)
     redis.call('HSET', key, 'msg', message, 'state', 'retry')
+    leave_active(id)
   end,
 
   -- Not failed: it asked to be run later.
   snooze = function(id, key, at, message)
-    leave_active(id)
     schedule(scheduled, id, at)
     redis.call('HSET', key, 'msg', message, 'state', 'scheduled')
+    leave_active(id)
   end,
 
   -- Failed for good.
   archive = function(id, key, at, message)
-    leave_active(id)
     redis.call('ZADD', archived, integer(now_s), id)
     redis.call('HSET', key, 'msg', message, 'state', 'archived')
     processed_n = processed_n + 1
     failed_n = failed_n + 1
     archived_n = archived_n + 1
+    leave_active(id)
   end,
 
   -- What stands in its hash is no message: archived under one that Go can read, with the
   -- bytes that were found kept in `raw`.
   quarantine = function(id, key, at, message)
-    leave_active(id)
     redis.call('HSET', key, 'raw', redis.call('HGET', key, 'msg'))
     redis.call('ZADD', archived, integer(now_s), id)
     redis.call('HSET', key, 'msg', message, 'state', 'archived')
     processed_n = processed_n + 1
     failed_n = failed_n + 1
     archived_n = archived_n + 1
+    leave_active(id)
   end,
 
   -- Put back unrun or interrupted: next to be taken, no attempt spent.
   requeue = function(id, key)
-    leave_active(id)
     redis.call('HSET', key, 'state', 'pending', 'pending_since', now_ns)
     redis.call('RPUSH', pending, id)
+    leave_active(id)
   end,
 
   -- Its hash is gone, so there is nothing to run or keep.
   forget = function(id, key)
-    leave_active(id)
     if redis.pcall('HEXISTS', key, 'msg') == 0 then -- an error: it is no hash
       redis.call('UNLINK', key)
     end
+    leave_active(id)
   end,
 }
