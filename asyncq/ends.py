@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Any, Final, cast
 
 from asyncq.broker.broker import BATCH, Broker
 from asyncq.broker.connection import Answer
@@ -137,13 +137,17 @@ class Ends:
     def _stopped(self, running: asyncio.Task[None]) -> None:
         """Redis does not let us listen, or the client is closed: whoever waits is told why."""
         self._running = None
-        error = None if running.cancelled() else running.exception()
-        if isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = None if running.cancelled() else _first_cause(running.exception())
         for waiters in self._waiters.values():
             for future in waiters:
                 if not future.done():
                     future.set_exception(error or AsyncqError("the client was closed"))
+
+
+def _first_cause(error: Any) -> BaseException | None:
+    while isinstance(error, BaseExceptionGroup):
+        error = cast(BaseExceptionGroup[BaseException], error).exceptions[0]
+    return cast(BaseException | None, error)
 
 
 def _end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, Generic, Literal, Unpack, overload
@@ -70,6 +71,7 @@ class SyncClient:
         self._max_payload_bytes = max_payload_bytes
         self._make()  # a URL that makes no sense is refused here, as by Client
         self._stack: ExitStack | None = None
+        self._pid = os.getpid()
         self._portal: BlockingPortal
         self._client: Client
 
@@ -77,6 +79,7 @@ class SyncClient:
         """Start the thread and connect; repeating it does nothing. Raises as `Client.open` does."""
         if self._stack is not None:
             return
+        self._pid = os.getpid()
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal("asyncio"))
             self._client = self._portal.call(self._opened)
@@ -155,6 +158,11 @@ class SyncClient:
     def _opened_portal(self) -> BlockingPortal:
         if self._stack is None:
             raise AsyncqError("not connected: use the client in 'with', or call open() first")
+        if os.getpid() != self._pid:
+            raise AsyncqError(
+                "this client was opened before the process forked, and its thread did not come "
+                "along: open it after the fork (in gunicorn's post_fork, for instance)"
+            )
         return self._portal
 
     def _wrap(self, handle: TaskHandle[R]) -> SyncTaskHandle[R]:

@@ -20,7 +20,7 @@ from asyncq.errors import (
     EnqueueUncertainError,
     TaskIDConflictError,
 )
-from asyncq.outcome import Ended
+from asyncq.outcome import Ended, Outcome
 
 BATCH: Final = 250
 """Tasks a script call; a call of 1,000 held Redis for 13 ms, and unpack fails near 4,000."""
@@ -81,10 +81,9 @@ class Request:
     done: list[Arg] = field(default_factory=list[Arg])
     moves: list[Arg] = field(default_factory=list[Arg])
 
-    def save(self, ended: Ended) -> None:
-        """Add an outcome."""
-        task_id, mark, lock, outcome = ended
-        self.outcomes.append(ended)
+    def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
+        """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
+        self.outcomes.append(Ended(task_id, mark, lock, outcome))
         if outcome.kind == "done" and not lock:
             self.done += (task_id, mark)
             return

@@ -54,6 +54,8 @@ class Listener:
         self._connection: aioredis.Connection | None = None
         self._answers: deque[asyncio.Future[Answer]] = deque()
         self.connected = asyncio.Event()
+        self._was_connected = False
+        self._unconfirmed = 0  # channels whose subscription Redis has not confirmed
 
     async def run(self) -> None:
         """Listen until cancelled, connecting again whenever the connection is lost.
@@ -75,8 +77,6 @@ class Listener:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, longest_s)
 
-    _was_connected = False
-
     async def _listen(self, connection: aioredis.Connection) -> None:
         self._was_connected = False
         parser: Any = connection._parser  # pyright: ignore[reportPrivateUsage]
@@ -85,12 +85,12 @@ class Listener:
         try:
             await connection.send_command("CLIENT", "TRACKING", "ON")
             await connection.read_response()
+            self._connection = connection
+            self._unconfirmed = len(self._channels)
             if self._channels:
                 await connection.send_command("SUBSCRIBE", *self._channels)
-            self._connection = connection
-            self._was_connected = True
-            self.connected.set()
-            self._on_change(None)
+            else:
+                self._is_connected()
             while True:
                 answer = await self._next_answer(connection)
                 if answer is not _PUSHED and self._answers:
@@ -99,6 +99,11 @@ class Listener:
                         future.set_result(answer)
         except exceptions.RedisError as error:
             raise translate(error) from error
+
+    def _is_connected(self) -> None:
+        self._was_connected = True
+        self.connected.set()
+        self._on_change(None)
 
     async def _next_answer(self, connection: Any) -> Answer:
         try:
@@ -185,7 +190,11 @@ class Listener:
         return _PUSHED
 
     async def _published(self, push: Any) -> object:
-        if push[0] == b"message" and self._on_message is not None:
+        if push[0] == b"subscribe":
+            self._unconfirmed -= 1
+            if not self._unconfirmed:
+                self._is_connected()
+        elif push[0] == b"message" and self._on_message is not None:
             self._on_message(text(push[1]), text(push[2]))
         return _PUSHED
 

@@ -50,14 +50,12 @@ class Config:
         Raises:
             OptionError: a value makes no sense.
         """
-        if concurrency < 1:
-            raise OptionError(f"concurrency must be at least 1, not {concurrency!r}")
+        _check_count(concurrency, "concurrency")
         unknown = sorted(queue_concurrency.keys() - queues.keys())
         if unknown:
             raise OptionError(f"queue_concurrency names queues that are not served: {unknown}")
         for queue, limit in queue_concurrency.items():
-            if limit < 1:
-                raise OptionError(f"queue_concurrency of {queue!r} must be at least 1")
+            _check_count(limit, f"queue_concurrency of {queue!r}")
         return cls(
             concurrency=concurrency,
             queues=_served(queues),
@@ -81,9 +79,11 @@ def _served(queues: Mapping[str, int]) -> dict[str, int]:
     for queue, weight in queues.items():
         if not queue.strip():
             raise OptionError("queue name must contain one or more characters")
-        if isinstance(weight, bool) or not 1 <= weight < 2**31:
-            raise OptionError(
-                f"the weight of queue {queue!r} must be a whole number of at least 1, "
-                f"not {weight!r}"
-            )
+        _check_count(weight, f"the weight of queue {queue!r}")
     return dict(queues)
+
+
+def _check_count(value: object, name: str) -> None:
+    # An int32 holds it: that is what a server's record has for it.
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise OptionError(f"{name} must be a whole number of at least 1, not {value!r}")

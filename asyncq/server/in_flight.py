@@ -38,6 +38,7 @@ class Run:
         "ends_at",
         "extended_at",
         "final",
+        "given_up",
         "holds_place",
         "lane",
         "mark",
@@ -71,6 +72,7 @@ class Run:
         self.cancelled_at: float | None = None  # by the event loop's clock
         self.final = False  # cancelled with the wish that it is not retried
         self.holds_place = False  # in a thread, which cannot be stopped, so neither written off
+        self.given_up = False  # so far past its deadline that its lease is left to end
         self.state: Any = None
         self.client: Any = None
         self._lease_lost: asyncio.Event | None = None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from asyncq.errors import BrokerError
@@ -52,6 +53,23 @@ class Loop(ABC):
         except TimeoutError:
             pass
         self.woken.clear()
+
+
+async def each(queues: Iterable[str], do: Callable[[str], Awaitable[int]]) -> int:
+    """Do something for every queue and return the sum; one that fails does not stop the others.
+
+    Raises:
+        BrokerError: the last failure, when all have had their turn.
+    """
+    total, failure = 0, None
+    for queue in queues:
+        try:
+            total += await do(queue)
+        except BrokerError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return total
 
 
 class Trouble:

@@ -7,11 +7,12 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
 
 from asyncq.broker.broker import Broker
 from asyncq.broker.events import Listener
-from asyncq.broker.inspection import queue_stats
+from asyncq.broker.inspection import QueueStats, queue_stats
 from asyncq.client import Client
 from asyncq.clock import Seconds
 from asyncq.errors import AsyncqError, BrokerError, BrokerUnavailableError, ServerClosedError
@@ -35,6 +36,8 @@ from asyncq.server.signals import handled
 from asyncq.settings import redis_url
 
 log = logging.getLogger("asyncq.server")
+
+State: TypeAlias = Literal["new", "starting", "active", "closed"]
 
 CANCEL_GRACE_S: Final = 1.0  # how long cancelled handlers have to clean up
 SUBSCRIBE_S: Final = 1.0  # how long a server waits for its listener before it takes tasks
@@ -87,12 +90,20 @@ class Server:
             health_check_interval=health_check_interval,
         )
         self.server_id = str(uuid.uuid4())
+        self.abandoned = 0
+        """Handlers that were still running when the server was closed."""
         self._broker = Broker(self.url)
         self._client = Client(self.url)
+        self._state: State = "new"
+        self._starting: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._parts: _Parts | None = None
         self._loops: dict[str, asyncio.Task[None]] = {}
-        self._state = "new"
+        self._stack = AsyncExitStack()  # what the mux was given for the time of the run
+        self._stopped = False
+        self._shutdown_wanted = asyncio.Event()
+        self._forced = asyncio.Event()
         self._died: BaseException | None = None
-        self.abandoned = 0
 
     # Running
 
@@ -102,58 +113,63 @@ class Server:
         Raises:
             AsyncqError: the server was started before, or one of its loops died.
         """
-        self._check_new()
         with handled(self):
+            wanted = asyncio.create_task(self._shutdown_wanted.wait())
+            starting = asyncio.create_task(self.start(mux))
             try:
-                await self.start(mux)
-                await self._shutdown_wanted.wait()
+                # A signal also ends a start that takes long, in a lifespan for instance.
+                await asyncio.wait({starting, wanted}, return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    starting.result()
+                await wanted
             finally:
+                wanted.cancel()
                 await self.shutdown()
-        if self._died is not None:
-            raise AsyncqError(f"a loop of the server died: {self._died!r}") from self._died
+                await asyncio.gather(starting, return_exceptions=True)
+        self._raise_if_died()
 
     @asynccontextmanager
     async def running(self, mux: Mux[Any]) -> AsyncGenerator[Server]:
-        """Run inside another program: started when entered, shut down at the end."""
+        """Run inside another program: started when entered, shut down at the end.
+
+        Raises:
+            AsyncqError: the server was started before, or (at the end) one of its loops died.
+        """
         try:
             await self.start(mux)
             yield self
         finally:
             await self.shutdown()
+        self._raise_if_died()
 
     async def start(self, mux: Mux[Any]) -> None:
         """Start taking tasks; waits for Redis if it is away, and says so.
 
         Raises:
             AsyncqError: the server was started before.
+            ServerClosedError: it was shut down, before or meanwhile.
             BrokerError: Redis refuses us: wrong credentials, too old.
         """
-        self._check_new()
+        if self._state == "closed":
+            raise ServerClosedError("the server was shut down: make a new one")
+        if self._state != "new":
+            raise AsyncqError("the server is running already")
         self._state = "starting"
-        self._stack = AsyncExitStack()
-        if not await self._connected():
-            return
-        await self._build(mux)
-        self._heartbeat.start()
-        await self._heartbeat.first_beat()
-        await self._start_loops()
-        if self._state == "starting":
-            self._state = "active"
-        log.info(
-            "server %s runs: %d at once, queues %s",
-            self.server_id, self.config.concurrency, self.config.queues,
-        )  # fmt: skip
+        self._starting = asyncio.create_task(self._start_up(mux), name="asyncq-start")
+        try:
+            await self._starting
+        except asyncio.CancelledError:
+            if self._closing is not None and self._starting.cancelled():
+                raise ServerClosedError("the server was shut down while it started") from None
+            self._starting.cancel()
+            raise
 
     def stop(self) -> None:
         """Take no new tasks; those that run go on, and outcomes are saved."""
-        if self._state in ("new", "closed"):
-            return
         self._stopped = True
-        if self._state == "active":
-            self._state = "stopped"
-        if hasattr(self, "_pump"):
-            self._pump.stop_fetching()
-            self._heartbeat.set_status("stopped")
+        if self._parts is not None and self._state != "closed":
+            self._parts.pump.stop_fetching()
+            self._parts.heartbeat.set_status("stopped")
 
     def request_shutdown(self) -> None:
         """Let `run` shut down; called again, the handlers lose the rest of their time."""
@@ -165,10 +181,18 @@ class Server:
         """Wait until the queues served here are empty: nothing pending, running, or due.
 
         Tasks that are due later do not count; those of other workers do.
+
+        Raises:
+            AsyncqError: the server was not started.
+            BrokerError: Redis is away.
         """
+        if self._parts is None:
+            raise AsyncqError("the server is not running: start it before you drain it")
+        in_flight = self._parts.in_flight
         while True:
-            await self._in_flight.idle()
-            if not await self._remaining():
+            await in_flight.idle()
+            stats = await queue_stats(self._broker, list(self.config.queues))
+            if not in_flight.unsaved() and not any(_remaining(queue) for queue in stats):
                 return
             await asyncio.sleep(DRAIN_LOOK_S)
 
@@ -176,36 +200,28 @@ class Server:
         """Stop in order: fetching, housekeeping, handlers, outcomes, cancelling, the lease.
 
         Handlers have `shutdown_timeout` to end; the others are cancelled and put back without
-        spending a retry. Repeating it does nothing.
+        spending a retry. Repeating it waits for the same end; cancelling it does not cut it off.
         """
-        if self._state == "closed":
-            return
-        self.stop()
-        state, self._state = self._state, "closed"
-        if state != "new" and hasattr(self, "_pump"):
-            self._heartbeat.set_status("closed")
-            await self._end("forwarder", "recoverer", "janitor", "health check")
-            await self._end_handlers()
-            await self._save_outcomes()
-            await self._end(*self._loops)
-            await self._heartbeat.stop()
-            await self._executors.close(wait=False)
-        if state != "new":
-            await self._stack.aclose()
-        await self._client.close()
-        await self._broker.close()
-        log.info("server %s is closed", self.server_id)
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._shut_down(), name="asyncq-shutdown")
+        await asyncio.shield(self._closing)
 
     # How it is built
 
-    def _check_new(self) -> None:
-        if self._state == "closed":
-            raise ServerClosedError("the server was shut down: make a new one")
-        if self._state != "new":
-            raise AsyncqError("the server is running already")
-        self._stopped = False
-        self._shutdown_wanted = asyncio.Event()
-        self._forced = asyncio.Event()
+    async def _start_up(self, mux: Mux[Any]) -> None:
+        if not await self._connected():
+            return
+        self._parts = await self._build(mux)
+        if self._stopped:
+            self._parts.pump.stop_fetching()
+        self._parts.heartbeat.start()
+        await self._parts.heartbeat.first_beat()
+        await self._start_loops(self._parts)
+        self._state = "active"
+        log.info(
+            "server %s runs: %d at once, queues %s",
+            self.server_id, self.config.concurrency, self.config.queues,
+        )  # fmt: skip
 
     async def _connected(self) -> bool:
         """Wait for Redis; False when shutdown was wanted meanwhile."""
@@ -225,47 +241,47 @@ class Server:
                 return True
         return False
 
-    async def _build(self, mux: Mux[Any]) -> None:
+    async def _build(self, mux: Mux[Any]) -> _Parts:
         config = self.config
         if mux.client is None:
             mux.bind(self._client)
             self._stack.callback(mux.bind, None)
-        self._executors = Executors(config.concurrency)
-        self._in_flight = InFlight(
+        executors = Executors(config.concurrency)
+        in_flight = InFlight(
             config.queues, config.concurrency, self._broker.annotate, config.queue_concurrency
         )
-        self._execution = Execution(
-            self._in_flight,
+        execution = Execution(
+            in_flight,
             retry_delay=config.retry_delay,
             is_failure=config.is_failure,
             error_handler=config.error_handler,
             client=self._client,
         )
-        self._execution.routes = mux.compile(self._executors.run)
-        await self._stack.enter_async_context(self._execution.routes.lifespan_context())
-        self._pump = Pump(
-            self._broker,
-            self._in_flight,
-            self._execution,
-            self.server_id,
-            strict=config.strict_priority,
+        execution.routes = mux.compile(executors.run)
+        await self._stack.enter_async_context(execution.routes.lifespan_context())
+        pump = Pump(
+            self._broker, in_flight, execution, self.server_id, strict=config.strict_priority
         )
-        if self._stopped:
-            self._pump.stop_fetching()
-        self._heartbeat = Heartbeat(
+        identity = Identity(
+            self.server_id, config.concurrency, config.queues, config.strict_priority
+        )
+        heartbeat = Heartbeat(
             Broker(self.url),
-            self._in_flight,
-            Identity(self.server_id, config.concurrency, config.queues, config.strict_priority),
+            in_flight,
+            identity,
+            on_death=lambda error: self._part_died("heartbeat", error),
         )
+        return _Parts(in_flight, execution, executors, pump, heartbeat)
 
-    async def _start_loops(self) -> None:
-        watcher, canceller = Watcher(self._in_flight), Canceller(self._in_flight)
+    async def _start_loops(self, parts: _Parts) -> None:
+        in_flight, execution = parts.in_flight, parts.execution
+        watcher, canceller = Watcher(in_flight), Canceller(in_flight)
         listener = Listener(self._broker.pool, watcher.on_change, canceller.on_message, CHANNELS)
         housekeeping: list[Loop] = [
-            Overseer(self._execution),
-            Forwarder(self._broker, self._in_flight),
-            Recoverer(self._broker, self._in_flight, self._execution.counts),
-            Janitor(self._broker, self._in_flight),
+            Overseer(execution),
+            Forwarder(self._broker, in_flight),
+            Recoverer(self._broker, in_flight, execution.counts),
+            Janitor(self._broker, in_flight),
         ]
         if self.config.health_check is not None:
             housekeeping.append(
@@ -280,7 +296,7 @@ class Server:
                 await listener.connected.wait()
         except TimeoutError:
             pass
-        self._start("pump", self._pump.run())
+        self._start("pump", parts.pump.run())
         for loop in housekeeping:
             self._start(loop.name, loop.run())
 
@@ -302,15 +318,46 @@ class Server:
         self._loops[name] = task
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._part_died(task.get_name(), error)
+
+    def _part_died(self, name: str, error: BaseException) -> None:
         """A server with a dead loop is half a server: stop it, loudly."""
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        log.critical("%s died, the server stops: %r", task.get_name(), error, exc_info=error)
+        log.critical("%s died, the server stops: %r", name, error, exc_info=error)
         self._died = error
         self._shutdown_wanted.set()
         self.stop()
 
+    def _raise_if_died(self) -> None:
+        if self._died is not None:
+            raise AsyncqError(f"a loop of the server died: {self._died!r}") from self._died
+
     # How it ends
+
+    async def _shut_down(self) -> None:
+        self.stop()
+        self._shutdown_wanted.set()
+        async with AsyncExitStack() as last:  # from the last to the first, whatever fails before
+            last.push_async_callback(self._broker.close)
+            last.push_async_callback(self._client.close)
+            last.push_async_callback(self._stack.aclose)
+            if self._starting is not None and not self._starting.done():
+                self._starting.cancel()
+                await asyncio.gather(self._starting, return_exceptions=True)
+            self._state = "closed"
+            if self._parts is not None:
+                await self._stop_parts(self._parts, last)
+        log.info("server %s is closed", self.server_id)
+
+    async def _stop_parts(self, parts: _Parts, last: AsyncExitStack) -> None:
+        last.push_async_callback(parts.executors.close, wait=False)
+        last.push_async_callback(parts.heartbeat.stop)
+        last.push_async_callback(self._end, "listener", "watcher", "pump", "overseer")
+        parts.heartbeat.set_status("closed")
+        ends_at = asyncio.get_running_loop().time() + self.config.shutdown_timeout_s
+        await self._end("forwarder", "recoverer", "janitor", "health check")
+        await self._end_handlers(parts, ends_at)
+        await self._save_outcomes(parts, ends_at)
 
     async def _end(self, *names: str) -> None:
         ending = [self._loops.pop(name) for name in names if name in self._loops]
@@ -318,38 +365,49 @@ class Server:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
 
-    async def _end_handlers(self) -> None:
-        await self._wait_for_handlers(self.config.shutdown_timeout_s)
-        runs = list(self._in_flight.runs())
+    async def _end_handlers(self, parts: _Parts, ends_at: float) -> None:
+        left_s = ends_at - asyncio.get_running_loop().time()
+        await _first_of(parts.in_flight.idle(), self._forced.wait(), timeout_s=left_s)
+        runs = list(parts.in_flight.runs())
         if not runs:
             return
         log.warning("%d tasks did not end in time: they are cancelled and put back", len(runs))
         for run in reversed(runs):  # the last to be put back is the next to be taken
             run.cancel(SHUTDOWN)
-        await self._wait_for_handlers(CANCEL_GRACE_S, forcible=False)
-        self.abandoned = self._execution.abandon()
+        await _first_of(parts.in_flight.idle(), timeout_s=CANCEL_GRACE_S)
+        self.abandoned = parts.execution.abandon()
 
-    async def _wait_for_handlers(self, timeout_s: float, *, forcible: bool = True) -> None:
-        waits: list[asyncio.Task[Any]] = [asyncio.create_task(self._in_flight.idle())]
-        if forcible:
-            waits.append(asyncio.create_task(self._forced.wait()))
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-
-    async def _save_outcomes(self) -> None:
+    async def _save_outcomes(self, parts: _Parts, ends_at: float) -> None:
+        left_s = ends_at - asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(DRAIN_S):
-                await self._pump.drained()
+            async with asyncio.timeout(max(DRAIN_S, left_s)):
+                await parts.pump.drained()
         except TimeoutError:
             log.error(
                 "%d outcomes could not be saved: their leases end within 31 s, then the tasks "
                 "are recovered",
-                self._in_flight.unsaved(),
+                parts.in_flight.unsaved(),
             )
 
-    async def _remaining(self) -> int:
-        stats = await queue_stats(self._broker, list(self.config.queues))
-        return self._in_flight.unsaved() + sum(
-            queue.active + queue.due + (0 if queue.paused else queue.pending) for queue in stats
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a running server is made of, beside its loops."""
+
+    in_flight: InFlight
+    execution: Execution
+    executors: Executors
+    pump: Pump
+    heartbeat: Heartbeat
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
+    """Wait for the first of several things, though not for long."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _remaining(queue: QueueStats) -> int:
+    return queue.active + queue.due + (0 if queue.paused else queue.pending)

@@ -48,4 +48,5 @@ def handled(server: Stoppable) -> Generator[None]:
     finally:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+            if handler is not None:  # None: it was set outside Python, and cannot be set again
+                signal.signal(number, handler)

@@ -164,7 +164,7 @@ async def active_running(world: World) -> None:
         await started.wait()
         before, after = load("active_running").run.snapshots
         await world.snapshot(before)
-        server._heartbeat.set_status("active")  # beats at once
+        server._parts.heartbeat.set_status("active")  # beats at once
         await world.until(shows_its_workers)
         servers = await world.redis.zcard("asynq:servers")
         (workers,) = [key async for key in world.redis.scan_iter("asynq:workers:*")]
@@ -394,7 +394,7 @@ async def syncer_retry(world: World) -> None:
 
         async def has_refused_the_outcome() -> bool:
             errors = await world.redis.info("errorstats")
-            return "errorstat_NOREPLICAS" in errors and bool(server._pump._unanswered)
+            return "errorstat_NOREPLICAS" in errors and bool(server._parts.pump._unanswered)
 
         await world.until(has_refused_the_outcome)
         await world.redis.config_set("min-replicas-to-write", 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from asyncq.broker.broker import BATCH, Broker
-from asyncq.server.in_flight import InFlight, Lane
-from asyncq.server.loop import Loop
+from asyncq.server.in_flight import InFlight
+from asyncq.server.loop import Loop, each
 
 
 class Forwarder(Loop):
@@ -27,11 +27,12 @@ class Forwarder(Loop):
         everywhere = now >= self._look_everywhere_at
         if everywhere:
             self._look_everywhere_at = now + self.interval_s
-        moved = 0
-        for lane in self._in_flight.lanes.values():
-            if everywhere or (lane.due_at is not None and lane.due_at <= now):
-                moved += await self._forward(lane)
-        return moved
+        due = [
+            lane.queue
+            for lane in self._in_flight.lanes.values()
+            if everywhere or (lane.due_at is not None and lane.due_at <= now)
+        ]
+        return await each(due, self._forward)
 
     async def sleep(self, pause_s: float) -> None:
         """Wait until the next instant, though not longer than `pause_s`."""
@@ -39,7 +40,8 @@ class Forwarder(Loop):
         due = [lane.due_at - now for lane in self._in_flight.lanes.values() if lane.due_at]
         await super().sleep(max(0.0, min([pause_s, *due])))
 
-    async def _forward(self, lane: Lane) -> int:
+    async def _forward(self, queue: str) -> int:
+        lane = self._in_flight.lanes[queue]
         total = 0
         while True:
             moved, next_in_s = await self._broker.forward(lane.queue)

@@ -24,11 +24,13 @@ from asyncq.broker.broker import SERVER_TTL_S, Broker
 from asyncq.errors import BrokerError
 from asyncq.proto.asynq_pb2 import ServerInfo, WorkerInfo
 from asyncq.server.in_flight import LEASE_LOST, InFlight, Run
-from asyncq.server.loop import Trouble
+from asyncq.server.loop import Trouble, each
 
 log = logging.getLogger("asyncq.server")
 
 INTERVAL_S: Final = 5.0  # Asynq's
+OVERDUE_S: Final = 15.0  # past its deadline, a run is cancelled and written off long before
+SHOWN_BYTES: Final = 64 * 1024  # of a running task's payload; Asynq sends all of it each time
 LEASE_S: Final = 30.0  # Asynq's; ours lasts up to a second longer in Redis
 
 
@@ -63,8 +65,10 @@ class Heartbeat:
         in_flight: InFlight,
         identity: Identity,
         interval_s: float = INTERVAL_S,
+        on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.identity = identity
+        self._on_death = on_death  # called on the server's event loop
         self._broker = broker  # used by the heartbeat's own event loop only
         self._in_flight = in_flight
         self._interval_s = interval_s
@@ -72,6 +76,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._main, name="asyncq-heartbeat", daemon=True)
         self._own_loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
+        self._beat_now: asyncio.Event | None = None
         self._beaten = threading.Event()
         self.beats = 0
 
@@ -86,12 +91,15 @@ class Heartbeat:
     def set_status(self, status: str) -> None:
         """Show another status at once: stopped or closed."""
         self.identity.status = status
-        self._call(lambda: None if self._stopping is None else self._beat_now.set())
+        if self._beat_now is not None:
+            self._call(self._beat_now.set)
 
     async def stop(self) -> None:
-        """Remove the server's records and end the thread; waits at most 1 s for Redis."""
-        self._call(lambda: self._stopping.set() if self._stopping else None)
-        await asyncio.to_thread(self._thread.join, 2.0)
+        """Remove the server's records and end the thread; waits at most 2 s for both."""
+        if self._stopping is not None:
+            self._call(self._stopping.set)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, 2.0)
 
     def _call(self, function: Callable[[], object]) -> None:
         if self._own_loop is not None and not self._own_loop.is_closed():
@@ -103,14 +111,17 @@ class Heartbeat:
     def _main(self) -> None:
         try:
             asyncio.run(self._run())
-        except Exception:
+        except Exception as error:
             log.exception("the heartbeat died: leases will end")
             self._beaten.set()
+            if self._on_death is not None:
+                self._call_server(self._on_death, error)
 
     async def _run(self) -> None:
         self._stopping = asyncio.Event()
         self._beat_now = asyncio.Event()
         self._own_loop = asyncio.get_running_loop()
+        overdue = asyncio.create_task(self._watch_overdue())
         trouble = Trouble("heartbeat")
         opened = False
         while not self._stopping.is_set():
@@ -124,14 +135,15 @@ class Heartbeat:
                 trouble.over()
             except BrokerError as error:
                 pause_s = min(pause_s, trouble.pause_s(error))
-            self._give_up_overdue(time.monotonic())
             self.beats += 1
             self._beaten.set()
             await self._pause(max(0.0, pause_s - (time.monotonic() - began)))
+        overdue.cancel()
         await self._withdraw()
 
     async def _pause(self, pause_s: float) -> None:
         assert self._stopping is not None
+        assert self._beat_now is not None
         waits = [asyncio.create_task(event.wait()) for event in (self._stopping, self._beat_now)]
         await asyncio.wait(waits, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
@@ -141,33 +153,59 @@ class Heartbeat:
     async def tick(self) -> int:
         """Extend all leases, then write the records; return the number of runs."""
         runs = list(self._in_flight.runs())
-        await self._extend(runs)
-        await self._announce(runs)
-        return len(runs)
-
-    async def _extend(self, runs: list[Run]) -> None:
         by_queue: dict[str, list[Run]] = {}
         for run in runs:
-            by_queue.setdefault(run.lane.queue, []).append(run)
-        for queue, queue_runs in by_queue.items():
-            before = time.monotonic()  # a slow answer must not count as lease
-            marks = [(run.message.id, run.mark) for run in queue_runs]
-            lost = set(await self._broker.extend(queue, marks))
-            for run in queue_runs:
-                if run.message.id in lost:
-                    self._lose(run)
-                else:
-                    run.extended_at = before
+            if self._is_alive(run):
+                by_queue.setdefault(run.lane.queue, []).append(run)
+        try:
+            await each(by_queue, lambda queue: self._extend(queue, by_queue[queue]))
+        finally:
+            await self._announce(runs)
+        return len(runs)
 
-    def _give_up_overdue(self, now: float) -> None:
-        for run in self._in_flight.runs():
-            if now - run.extended_at > LEASE_S:
+    def _is_alive(self, run: Run) -> bool:
+        """Whether a run is within its deadline, which only an event loop that turns can hold.
+
+        A loop that is blocked for good would otherwise keep its tasks from everybody for ever.
+        """
+        if run.holds_place or time.monotonic() < run.ends_at + OVERDUE_S:
+            return True
+        if not run.given_up:
+            run.given_up = True
+            log.critical(
+                "task %r (%r) is %.0f s past its deadline and could not be cancelled: its lease "
+                "is left to end. Does a handler block the event loop?",
+                run.message.id, run.message.type, OVERDUE_S,
+            )  # fmt: skip
+        return False
+
+    async def _extend(self, queue: str, runs: list[Run]) -> int:
+        before = time.monotonic()  # a slow answer must not count as lease
+        marks = [(run.message.id, run.mark) for run in runs]
+        lost = set(await self._broker.extend(queue, marks))
+        for run in runs:
+            if run.message.id in lost:
                 self._lose(run)
+            else:
+                run.extended_at = before
+        return len(runs)
+
+    async def _watch_overdue(self) -> None:
+        """Tell runs whose lease could not be extended, before somebody else may have it."""
+        while True:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            for run in self._in_flight.runs():
+                if now - run.extended_at > LEASE_S - 1:
+                    self._lose(run)
 
     def _lose(self, run: Run) -> None:
         # The run may have ended since it was listed, and cancelling it then does nothing.
+        self._call_server(run.cancel, LEASE_LOST)
+
+    def _call_server(self, function: Callable[..., object], *args: object) -> None:
         try:
-            self._server_loop.call_soon_threadsafe(run.cancel, LEASE_LOST)
+            self._server_loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
             pass  # the server's loop is closed
 
@@ -200,7 +238,7 @@ class Heartbeat:
             server_id=identity.server_id,
             task_id=message.id,
             task_type=message.type,
-            task_payload=message.payload,
+            task_payload=message.payload[:SHOWN_BYTES],
             queue=message.queue,
             start_time=_timestamp(run.started_at),
             deadline=_timestamp(run.deadline_at),

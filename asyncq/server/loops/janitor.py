@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncq.broker.broker import BATCH, Broker
 from asyncq.server.in_flight import InFlight
-from asyncq.server.loop import Loop
+from asyncq.server.loop import Loop, each
 
 
 class Janitor(Loop):
@@ -19,10 +19,12 @@ class Janitor(Loop):
 
     async def tick(self) -> int:
         """Delete what is over in every queue, a batch at a time."""
+        return await each(self._queues, self._expire)
+
+    async def _expire(self, queue: str) -> int:
         total = 0
-        for queue in self._queues:
-            while deleted := await self._broker.expire_completed(queue):
-                total += deleted
-                if deleted < BATCH:
-                    break
+        while deleted := await self._broker.expire_completed(queue):
+            total += deleted
+            if deleted < BATCH:
+                break
         return total

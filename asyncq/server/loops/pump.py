@@ -113,7 +113,7 @@ class Pump:
             return {}
         request = Request(lane.queue, next(self._sequences), want)
         for _ in range(min(len(lane.ended), batch_of(ended.size for ended in lane.ended))):
-            request.save(lane.ended.popleft())
+            request.save(*lane.ended.popleft())
         lane.turn += want / lane.weight
         return {lane: request}
 

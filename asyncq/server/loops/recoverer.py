@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from asyncq.broker.broker import BATCH, Broker, Expired
-from asyncq.errors import BrokerError, LeaseExpiredError, MalformedMessageError
+from asyncq.broker.broker import Broker, Expired
+from asyncq.errors import LeaseExpiredError, MalformedMessageError
 from asyncq.message import decode, failed, quarantined
 from asyncq.server.in_flight import InFlight
-from asyncq.server.loop import Loop
+from asyncq.server.loop import Loop, each
 
 log = logging.getLogger("asyncq.server")
 
@@ -36,19 +36,16 @@ class Recoverer(Loop):
         self._counts = counts  # (task type, error) -> whether it spends a retry; None: always
 
     async def tick(self) -> int:
-        """Recover what can be in every queue; one that fails does not keep the others waiting."""
-        recovered, failure = 0, None
-        for queue in self._in_flight.lanes:
-            try:
-                while found := await self._broker.expired(queue):
-                    moved = await self._recover(queue, found)
-                    recovered += moved
-                    if len(found) < BATCH or not moved:
-                        break
-            except BrokerError as error:
-                failure = error
-        if failure is not None:
-            raise failure
+        """Recover what can be in every queue."""
+        return await each(self._in_flight.lanes, self._recover_all)
+
+    async def _recover_all(self, queue: str) -> int:
+        recovered = 0
+        while found := await self._broker.expired(queue):
+            moved = await self._recover(queue, found)
+            recovered += moved
+            if not moved:
+                break
         return recovered
 
     async def _recover(self, queue: str, found: Sequence[Expired]) -> int:

@@ -1,0 +1,96 @@
+"""A proxy between us and Redis that loses what it is told to lose."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from asyncq.broker.scripts import SCRIPTS
+from tests.stores import Database
+
+
+class Proxy:
+    """Passes everything on, but for the replies to lose and while it is cut."""
+
+    def __init__(self, store: Database, folder: Path) -> None:
+        self.path = str(folder / "proxy")
+        self.url = f"unix://{self.path}?db={store.number}"
+        self._upstream = store.server.socket
+        self._to_lose: list[bytes] = []
+        self.lost = 0
+        self._pipes: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    def lose_reply(self, script: str, times: int = 1) -> None:
+        """Let the next calls of a script reach Redis, and cut the connection before its answer."""
+        self._to_lose += [SCRIPTS[script].digest.encode()] * times
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_unix_server(self._serve, self.path)
+
+    async def cut(self) -> None:
+        """Refuse connections and drop those there are; `start` ends it."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        Path(self.path).unlink(missing_ok=True)
+        for pipe in list(self._pipes):
+            pipe.cancel()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pipe = asyncio.current_task()
+        assert pipe is not None
+        self._pipes.add(pipe)
+        up_reader, up_writer = await asyncio.open_unix_connection(self._upstream)
+        losing = asyncio.Event()
+
+        async def requests() -> None:
+            while data := await reader.read(2**20):
+                # A call fits into one read: the tests send few tasks.
+                if wanted := next((digest for digest in self._to_lose if digest in data), None):
+                    self._to_lose.remove(wanted)
+                    losing.set()
+                up_writer.write(data)
+                await up_writer.drain()
+
+        async def answers() -> None:
+            while data := await up_reader.read(2**20):
+                if losing.is_set():
+                    self.lost += 1
+                    return
+                writer.write(data)
+                await writer.drain()
+
+        both = [asyncio.create_task(requests()), asyncio.create_task(answers())]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            pass  # cut
+        finally:
+            for half in both:
+                half.cancel()
+            for end in (writer, up_writer):
+                end.transport.abort()
+            await asyncio.gather(
+                *both, writer.wait_closed(), up_writer.wait_closed(), return_exceptions=True
+            )
+            self._pipes.discard(pipe)
+
+
+@asynccontextmanager
+async def proxied(store: Database) -> AsyncIterator[Proxy]:
+    """A proxy to a store, which the scripts are known to before anything is lost."""
+    folder = Path(tempfile.mkdtemp(prefix="asyncq-"))  # the path of a socket must be short
+    proxy = Proxy(store, folder)
+    await proxy.start()
+    try:
+        yield proxy
+    finally:
+        await proxy.cut()
+        shutil.rmtree(folder)
