@@ -33,13 +33,16 @@ from tests.interop import gopeer  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-TASKS = {
+TASKS = {  # where it is not --tasks
     "sequential": 2_000,
     "pickup": 300,
+    "pickup-go": 300,
     "lateness": 300,
+    "lateness-go": 300,
     "results": 500,
     "cancel": 100,
-}  # what is not --tasks
+}
+NEEDS_GO = {"pickup-go", "lateness-go"}
 
 # Ours, and Go's counterpart
 AGAINST_GO = {
@@ -56,7 +59,9 @@ DESCRIPTIONS = {
     "drain": "drain, concurrency 100, typed",
     "drain-10": "drain, concurrency 10, typed",
     "pickup": "pickup on an idle worker",
+    "pickup-go": "the same, of tasks from Go",
     "lateness": "scheduled, after its instant",
+    "lateness-go": "scheduled by Go, after its score",
     "results": "result, with 100 waiters",
     "cancel": "cancel, to the handler",
 }
@@ -72,6 +77,8 @@ def main() -> None:
     if go is not None:
         console.print("Building the Go program ...")
         gopeer.build()
+    if go is None:
+        names = [name for name in names if name not in NEEDS_GO]
     with _redis(options.redis) as url:
         console.print(f"Redis {_version(url)} at {url}, {options.rounds} rounds")
         rounds = [

@@ -16,7 +16,8 @@ from typing import Any
 import redis.asyncio as aioredis
 from pydantic import BaseModel
 
-from asyncq import Client, Mux, Server, Task, TaskType
+from asyncq import Client, Context, Mux, Server, Task, TaskType
+from tests.interop import gopeer
 
 
 class Welcome(BaseModel):
@@ -162,6 +163,51 @@ async def lateness(url: str, n: int) -> Result:
     return _percentiles(late_ms) | {"min_ms": min(late_ms)}
 
 
+async def pickup_from_go(url: str, n: int) -> Result:
+    """From the call of Go's enqueue to the Python handler's start, on an idle worker."""
+    started_ns: dict[str, int] = {}
+    all_ran = asyncio.Event()
+    mux = Mux()
+
+    @mux.task("from:go")
+    async def from_go(ctx: Context) -> None:
+        started_ns[ctx.task_id] = time.time_ns()
+        if len(started_ns) == n + 10:
+            all_ran.set()
+
+    async with Server(url).running(mux):
+        tasks = [gopeer.GoTask(type="from:go") for _ in range(n + 10)]
+        sent = await _go_enqueue(url, tasks, interval_s=0.01)
+        await all_ran.wait()
+    return _percentiles([(started_ns[task.id] - task.at_ns) / 1e6 for task in sent[10:]])
+
+
+async def lateness_from_go(url: str, n: int) -> Result:
+    """How long after its stored score a task starts that Go scheduled: below 0 is too early."""
+    late_ms: list[float] = []
+    all_ran = asyncio.Event()
+    scores: dict[str, float] = {}
+    mux = Mux()
+
+    @mux.task("from:go")
+    async def from_go(ctx: Context) -> None:
+        late_ms.append((time.time() - scores[ctx.task_id]) * 1e3)
+        if len(late_ms) == n:
+            all_ran.set()
+
+    tasks = [
+        gopeer.GoTask(type="from:go", process_at_unix=time.time() + 3 + i * 5 / n) for i in range(n)
+    ]
+    await _go_enqueue(url, tasks)
+    redis: Any = aioredis.Redis.from_url(url)
+    for task_id, score in await redis.zrange("asynq:{default}:scheduled", 0, -1, withscores=True):
+        scores[task_id.decode()] = score
+    await redis.aclose()
+    async with Server(url).running(mux):
+        await all_ran.wait()
+    return _percentiles(late_ms) | {"min_ms": min(late_ms)}
+
+
 async def results(url: str, n: int) -> Result:
     """From a handler's return to its waiter, with 100 waiters on one client."""
     returned_at: dict[int, float] = {}
@@ -225,10 +271,21 @@ MEASUREMENTS: dict[str, Callable[[str, int], Awaitable[Result]]] = {
     "drain": lambda url, n: drain(url, n, concurrency=100),
     "drain-10": lambda url, n: drain(url, n, concurrency=10),
     "pickup": pickup,
+    "pickup-go": pickup_from_go,
     "lateness": lateness,
+    "lateness-go": lateness_from_go,
     "results": results,
     "cancel": cancel,
 }
+
+
+async def _go_enqueue(
+    url: str, tasks: list[gopeer.GoTask], interval_s: float = 0.0
+) -> list[gopeer.Enqueued]:
+    # On an event loop of its own, so that feeding Go does not delay the handlers measured here.
+    return await asyncio.to_thread(
+        lambda: asyncio.run(gopeer.go_enqueue(url, tasks, interval_s=interval_s))
+    )
 
 
 def _percentiles(values_ms: list[float]) -> Result:

@@ -163,7 +163,7 @@ class Execution:
         """The outcome of a run that its reason to be cancelled decides alone."""
         if run.cancel_reason == LEASE_LOST:
             log.warning(
-                "task %r (%r) lost its lease: its outcome is dropped, another worker has it",
+                "task %r (%r) lost its lease: its outcome is dropped, another worker may have it",
                 run.message.id, run.message.type,
             )  # fmt: skip
             return None
