@@ -164,6 +164,7 @@ async def active_running(world: World) -> None:
         await started.wait()
         before, after = load("active_running").run.snapshots
         await world.snapshot(before)
+        assert server._parts is not None
         server._parts.heartbeat.set_status("active")  # beats at once
         await world.until(shows_its_workers)
         servers = await world.redis.zcard("asynq:servers")
@@ -393,6 +394,7 @@ async def syncer_retry(world: World) -> None:
     async with world.serving(refuse_writes, concurrency=2) as server, asyncio.timeout(WITHIN_S):
 
         async def has_refused_the_outcome() -> bool:
+            assert server._parts is not None
             errors = await world.redis.info("errorstats")
             return "errorstat_NOREPLICAS" in errors and bool(server._parts.pump._unanswered)
 
