@@ -41,6 +41,7 @@ from asyncq.task import (
 R = TypeVar("R")
 
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
+WORTH_SPLITTING: Final = 32  # callers that wait at a time; two calls for fewer cost more
 
 EnqueueNext: TypeAlias = Callable[[Task[Any]], Awaitable[TaskHandle[Any]]]
 """What a middleware calls to go on: the next middleware, or the enqueue itself."""
@@ -67,7 +68,7 @@ class Client:
         self._max_payload_bytes = max_payload_bytes
         self._middleware: list[EnqueueMiddleware] = []
         self._waiting: dict[str, list[tuple[NewTask, asyncio.Future[AsyncqError | None]]]] = {}
-        self._flushers: dict[str, asyncio.Task[None]] = {}
+        self._flushers: dict[str, set[asyncio.Task[None]]] = {}
         self._ends = Ends(self._broker)
 
     async def open(self) -> None:
@@ -82,7 +83,7 @@ class Client:
     async def close(self) -> None:
         """Finish what is being sent, and disconnect; repeating it does nothing."""
         while self._flushers:
-            await asyncio.gather(*self._flushers.values())
+            await asyncio.gather(*(one for many in self._flushers.values() for one in many))
         await self._ends.close()
         await self._broker.close()
 
@@ -181,25 +182,35 @@ class Client:
             self._waiting[queue] = waiting = []
         waiting.append((new, future))
         if queue not in self._flushers:
-            self._flushers[queue] = asyncio.create_task(self._flush(queue, waiting))
+            self._start_flusher(queue)
         error: AsyncqError | None = await future
         if error is not None:
             raise error
         return TaskHandle(new.id, queue, self, task.result_codec)
 
-    async def _flush(
-        self, queue: str, waiting: list[tuple[NewTask, asyncio.Future[AsyncqError | None]]]
-    ) -> None:
-        """Send what waits; while one call is under way, the next batch gathers."""
+    def _start_flusher(self, queue: str) -> None:
+        flushers = self._flushers.setdefault(queue, set())
+        flushers.add(asyncio.create_task(self._flush(queue, flushers)))
+
+    async def _flush(self, queue: str, flushers: set[asyncio.Task[None]]) -> None:
+        """Send what waits; while one call is under way, the next batch gathers.
+
+        Many callers who wait for one call would leave us idle while Redis works, and Redis while
+        we hand its answers out. So they are split, and a second flusher takes the other half.
+        """
+        waiting = self._waiting[queue]
         try:
             while waiting:
                 n = batch_of(len(new.message) for new, _ in waiting)
+                if len(waiting) >= WORTH_SPLITTING and len(flushers) == 1:
+                    n = min(n, len(waiting) // 2)
+                    self._start_flusher(queue)
                 batch = waiting[:n]
                 del waiting[:n]
                 try:
                     refused = await self._broker.enqueue(queue, [new for new, _ in batch])
                 except BaseException as failure:
-                    for _, future in (*batch, *waiting):
+                    for _, future in batch:
                         if not future.done():
                             future.set_exception(failure)
                     raise
@@ -207,7 +218,16 @@ class Client:
                     if not future.done():
                         future.set_result(error)
         finally:
-            del self._flushers[queue]
+            self._end_flusher(queue, flushers)
+
+    def _end_flusher(self, queue: str, flushers: set[asyncio.Task[None]]) -> None:
+        flushers.remove(cast(asyncio.Task[None], asyncio.current_task()))
+        if flushers:
+            return
+        del self._flushers[queue]
+        for _, future in self._waiting.pop(queue):  # only after a failure is anybody left
+            if not future.done():
+                future.set_exception(AsyncqError("the enqueue was not sent: another one failed"))
 
     async def _enqueue_chunk(self, tasks: list[Task[Any]]) -> list[TaskHandle[Any] | AsyncqError]:
         if self._middleware:
