@@ -37,9 +37,7 @@ class Ends:
     async def look(self, task_id: str, queue: str) -> bytes | None:
         """Return the result of a task, `None` if it has not ended; raises as `wait` does."""
         fields = ["HMGET", queue_keys(queue).task(task_id), "state", "msg", "result"]
-        (answer,) = await self._broker.pool.call(fields)
-        if isinstance(answer, BrokerError):
-            raise answer
+        (answer,) = await self._broker.pool.ask(fields)
         ended = _end(task_id, queue, *answer, was_there=False)
         if isinstance(ended, AsyncqError):
             raise ended

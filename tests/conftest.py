@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from redis.asyncio import Redis
 
+from asyncq import Client
+from tests.chaos.live import Queue
 from tests.stores import KINDS, Database, Stores, StoreServer
 
 
@@ -62,3 +65,23 @@ def redis_server(
     yield make
     for server in servers:
         server.kill()
+
+
+@pytest.fixture
+async def redis(store_url: str) -> AsyncIterator[Redis]:
+    """Redis itself, to look and to spoil."""
+    async with Redis.from_url(store_url) as redis:
+        yield redis
+
+
+@pytest.fixture
+async def client(store_url: str) -> AsyncIterator[Client]:
+    """A client of the store."""
+    async with Client(store_url) as client:
+        yield client
+
+
+@pytest.fixture
+def queue(redis: Redis) -> Queue:
+    """The queue "default" as it stands in Redis."""
+    return Queue(redis)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from asyncq.broker import keys
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, first_error, text
+from asyncq.broker.connection import ConnectionLostError, Pool, text
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import SCRIPTS, Arg, Command
 from asyncq.errors import (
@@ -72,6 +72,7 @@ class Request:
     """What a pump asks of one queue: to save outcomes, and for up to `want` tasks.
 
     A request whose answer was lost is sent again as it is: by `sequence` the script knows it.
+    `outcomes` are those that it saves, for the case that Redis refuses it.
     """
 
     queue: str
@@ -83,7 +84,6 @@ class Request:
 
     def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
         """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
-        self.outcomes.append(Ended(task_id, mark, lock, outcome))
         if outcome.kind == "done" and not lock:
             self.done += (task_id, mark)
             return
@@ -292,10 +292,7 @@ class Broker:
 
     async def _one(self, *commands: Sequence[Arg] | Command) -> Any:
         """Send commands that belong together; return the last answer or raise the first error."""
-        answers: list[Answer] = await self.pool.call(*commands)
-        if failure := first_error(answers):
-            raise failure
-        return answers[-1]
+        return (await self.pool.ask(*commands))[-1]
 
 
 @lru_cache(maxsize=4096)

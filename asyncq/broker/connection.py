@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -139,6 +139,18 @@ class Pool:
         for stale in (connection, *self._idle):
             await stale.disconnect(nowait=True)
 
+    async def ask(self, *commands: Sequence[Arg] | Command) -> list[Answer]:
+        """Send commands that belong together, as `call`, and raise the first error of an answer.
+
+        Raises:
+            BrokerError: no answer came, or one command was refused; the others have run.
+        """
+        answers = await self.call(*commands)
+        for answer in answers:
+            if isinstance(answer, BrokerError):
+                raise answer
+        return answers
+
     async def _call_on(
         self, connection: aioredis.Connection, commands: Sequence[Sequence[Arg] | Command]
     ) -> list[Answer]:
@@ -262,11 +274,6 @@ def pack(command: Sequence[Arg]) -> bytes:
 def text(raw: bytes) -> str:
     """Decode what any program may have written, such as an id; `pack` gives the same bytes back."""
     return raw.decode("utf-8", "surrogateescape")
-
-
-def first_error(answers: Iterable[Answer]) -> BrokerError | None:
-    """Return the first error among answers, if there is one."""
-    return next((answer for answer in answers if isinstance(answer, BrokerError)), None)
 
 
 def _parse(url: str) -> tuple[dict[str, Any], str | None]:

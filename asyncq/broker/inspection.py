@@ -8,7 +8,6 @@ from typing import Any
 
 from asyncq.broker import keys
 from asyncq.broker.broker import Broker
-from asyncq.broker.connection import first_error
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.scripts import Arg
 from asyncq.clock import from_unix
@@ -66,8 +65,7 @@ async def find_task(broker: Broker, queue: str, task_id: str) -> StoredTask | No
         MalformedMessageError: its bytes are no message.
     """
     k = queue_keys(queue)
-    fields, scheduled, retry = await _read(
-        broker,
+    fields, scheduled, retry = await broker.pool.ask(
         ["HMGET", k.task(task_id), "msg", "state", "result", "progress"],
         ["ZSCORE", k.scheduled, task_id],
         ["ZSCORE", k.retry, task_id],
@@ -87,13 +85,13 @@ async def find_task(broker: Broker, queue: str, task_id: str) -> StoredTask | No
 
 async def queue_names(broker: Broker) -> list[str]:
     """Return the names of all queues, sorted."""
-    (names,) = await _read(broker, ["SMEMBERS", keys.QUEUES])
+    (names,) = await broker.pool.ask(["SMEMBERS", keys.QUEUES])
     return sorted(name.decode(errors="replace") for name in names)
 
 
 async def queue_stats(broker: Broker, queues: Sequence[str]) -> list[QueueStats]:
     """Count the tasks of queues, in one round trip."""
-    ((seconds, _),) = await _read(broker, ["TIME"])
+    ((seconds, _),) = await broker.pool.ask(["TIME"])
     now_s = seconds.decode()
     commands: list[Sequence[Arg]] = []
     for queue in queues:
@@ -111,7 +109,7 @@ async def queue_stats(broker: Broker, queues: Sequence[str]) -> list[QueueStats]
             ["GET", k.processed],
             ["GET", k.failed],
         )
-    answers = await _read(broker, *commands)
+    answers = await broker.pool.ask(*commands)
     return [_stats(queue, answers[i * 11 : i * 11 + 11]) for i, queue in enumerate(queues)]
 
 
@@ -120,7 +118,7 @@ async def queue_details(broker: Broker, queues: Sequence[str]) -> list[QueueDeta
     if not queues:
         return []
     stats = await queue_stats(broker, queues)
-    ((seconds, microseconds),) = await _read(broker, ["TIME"])
+    ((seconds, microseconds),) = await broker.pool.ask(["TIME"])
     now_s = int(seconds) + int(microseconds) / 1e6
     today = from_unix(now_s).date().isoformat()
     commands: list[Sequence[Arg]] = []
@@ -132,13 +130,13 @@ async def queue_details(broker: Broker, queues: Sequence[str]) -> list[QueueDeta
             ["SCARD", k.groups],
             ["LINDEX", k.pending, -1],
         )
-    answers = await _read(broker, *commands)
+    answers = await broker.pool.ask(*commands)
     processed, failed, groups, oldest = (answers[i::4] for i in range(4))
     lookups: list[Sequence[Arg]] = [
         ["HGET", queue_keys(queue).task("").encode() + (task_id or b""), "pending_since"]
         for queue, task_id in zip(queues, oldest, strict=True)
     ]
-    since = await _read(broker, *lookups)
+    since = await broker.pool.ask(*lookups)
     return [
         QueueDetails(
             stats=stats[i],
@@ -159,10 +157,10 @@ async def _aggregating(broker: Broker, queue: str) -> int:
     total = 0
     cursor = b"0"
     while True:
-        ((cursor, groups),) = await _read(broker, ["SSCAN", k.groups, cursor, "COUNT", 500])
+        ((cursor, groups),) = await broker.pool.ask(["SSCAN", k.groups, cursor, "COUNT", 500])
         if groups:
             prefix = k.group("").encode()
-            total += sum(await _read(broker, *(["ZCARD", prefix + group] for group in groups)))
+            total += sum(await broker.pool.ask(*(["ZCARD", prefix + group] for group in groups)))
         if cursor == b"0":
             return total
 
@@ -183,10 +181,3 @@ def _stats(queue: str, answers: list[Any]) -> QueueStats:
         processed=int(processed or 0),
         failed=int(failed or 0),
     )
-
-
-async def _read(broker: Broker, *commands: Sequence[Arg]) -> list[Any]:
-    answers = await broker.pool.call(*commands)
-    if failure := first_error(answers):
-        raise failure
-    return answers

@@ -27,6 +27,7 @@ from asyncq.server.in_flight import (
     Lane,
     Run,
 )
+from asyncq.task import DEFAULT_TIMEOUT_S
 
 log = logging.getLogger("asyncq.server")
 
@@ -34,7 +35,6 @@ ErrorHandler: TypeAlias = Callable[[Context[Any], BaseException], Awaitable[None
 """Called with the context and the error of every run that failed."""
 IsFailure: TypeAlias = Callable[[BaseException], bool]
 
-DEFAULT_TIMEOUT_S: Final = 1800  # Asynq's, for a message with neither timeout nor deadline
 NEAR_S: Final = 2.0
 """A deadline nearer than this has its own timer; `watch` gives the others one when it is time.
 

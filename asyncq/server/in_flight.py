@@ -214,7 +214,6 @@ class InFlight:
         self.unarmed = asyncio.Event()  # there are lanes whose changes would not be told
         self.due_changed = asyncio.Event()  # a lane's due_at is new
         self._idle: asyncio.Event | None = None  # made when somebody waits
-        self.handled = 0  # runs ended since the start, for tests and the summary at the end
 
     @property
     def free(self) -> int:
@@ -247,7 +246,6 @@ class InFlight:
             return  # written off before
         del lane.runs[message.id]
         self.running -= 1
-        self.handled += 1
         if not self.running and self._idle is not None:
             self._idle.set()
         if run.timer is not None:

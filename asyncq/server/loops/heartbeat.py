@@ -78,7 +78,6 @@ class Heartbeat:
         self._stopping: asyncio.Event | None = None
         self._beat_now: asyncio.Event | None = None
         self._beaten = threading.Event()
-        self.beats = 0
 
     def start(self) -> None:
         """Start the thread."""
@@ -135,7 +134,6 @@ class Heartbeat:
                 trouble.over()
             except BrokerError as error:
                 pause_s = min(pause_s, trouble.pause_s(error))
-            self.beats += 1
             self._beaten.set()
             await self._pause(max(0.0, pause_s - (time.monotonic() - began)))
         overdue.cancel()

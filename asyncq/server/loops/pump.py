@@ -48,15 +48,11 @@ class Pump:
         self._unanswered: dict[Lane, Request] = {}  # to be sent again as they are
         self._trouble = Trouble("pump")
         self._refusals: dict[Lane, Trouble] = {}
-        self._stopping = asyncio.Event()
+        self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
-        self._fetching = True
-        self._put_back = False  # what a fetch under way brings is not started any more
 
     def stop_fetching(self) -> None:
         """Take no more tasks; outcomes are still saved."""
-        self._fetching = False
-        self._put_back = True
         self._stopping.set()
         self._in_flight.changed.set()
 
@@ -111,9 +107,11 @@ class Pump:
             return {lane: again}
         if (not want and not lane.ended) or self._refused(lane):
             return {}
-        request = Request(lane.queue, next(self._sequences), want)
-        for _ in range(min(len(lane.ended), batch_of(ended.size for ended in lane.ended))):
-            request.save(*lane.ended.popleft())
+        n = min(len(lane.ended), batch_of(ended.size for ended in lane.ended))
+        outcomes = [lane.ended.popleft() for _ in range(n)]
+        request = Request(lane.queue, next(self._sequences), want, outcomes)
+        for ended in outcomes:
+            request.save(*ended)
         lane.turn += want / lane.weight
         return {lane: request}
 
@@ -121,7 +119,7 @@ class Pump:
         return lane.refused_until > asyncio.get_running_loop().time()
 
     def _places(self) -> int:
-        if not self._fetching:
+        if self._stopping.is_set():
             return 0
         return self._in_flight.free - sum(r.want for r in self._unanswered.values())
 
@@ -206,7 +204,7 @@ class Pump:
         self._in_flight.clock_offset = answer.now - time.time()
         _report(lane.queue, answer)
         taken = list(zip(answer.ids, answer.messages, strict=True))
-        if self._put_back:
+        if self._stopping.is_set():
             taken.reverse()  # the last to be put back is the next to be taken
         for task_id, raw in taken:
             try:
@@ -214,7 +212,7 @@ class Pump:
             except MalformedMessageError as error:
                 self._quarantine(lane, task_id, answer.mark, raw, error)
                 continue
-            if self._put_back:
+            if self._stopping.is_set():
                 self._in_flight.put_back(lane, task_id, answer.mark)
             elif task_id in lane.runs:
                 self._run_later(lane, task_id, answer, raw)
