@@ -39,7 +39,7 @@ async def test_the_second_end_of_a_run_changes_nothing() -> None:
     run = run_of(world.lanes["low"])
     world.end(run, DONE)
     world.end(run, DONE)
-    assert (world.running, world.unsaved(), world.handled) == (0, 1, 1)
+    assert (world.running, world.free, world.unsaved()) == (0, 10, 1)
 
 
 async def test_the_end_of_a_written_off_run_leaves_its_successor_alone() -> None:
