@@ -91,8 +91,9 @@ async def queue_names(broker: Broker) -> list[str]:
 
 async def queue_stats(broker: Broker, queues: Sequence[str]) -> list[QueueStats]:
     """Count the tasks of queues, in one round trip."""
-    ((seconds, _),) = await broker.pool.ask(["TIME"])
+    ((seconds, micros),) = await broker.pool.ask(["TIME"])
     now_s = seconds.decode()
+    now_ms = f"{now_s}{int(micros) // 1000:03}"
     commands: list[Sequence[Arg]] = []
     for queue in queues:
         k = queue_keys(queue)
@@ -106,11 +107,12 @@ async def queue_stats(broker: Broker, queues: Sequence[str]) -> list[QueueStats]
             ["ZCARD", k.completed],
             ["ZCOUNT", k.scheduled, "-inf", now_s],
             ["ZCOUNT", k.retry, "-inf", now_s],
+            ["ZCOUNT", k.due, "-inf", now_ms],  # ours, whose scores elsewhere are rounded up
             ["GET", k.processed],
             ["GET", k.failed],
         )
     answers = await broker.pool.ask(*commands)
-    return [_stats(queue, answers[i * 11 : i * 11 + 11]) for i, queue in enumerate(queues)]
+    return [_stats(queue, answers[i * 12 : i * 12 + 12]) for i, queue in enumerate(queues)]
 
 
 async def queue_details(broker: Broker, queues: Sequence[str]) -> list[QueueDetails]:
@@ -167,7 +169,7 @@ async def _aggregating(broker: Broker, queue: str) -> int:
 
 def _stats(queue: str, answers: list[Any]) -> QueueStats:
     paused, pending, active, scheduled, retry, archived, completed, *rest = answers
-    scheduled_due, retry_due, processed, failed = rest
+    scheduled_due, retry_due, exactly_due, processed, failed = rest
     return QueueStats(
         queue=queue,
         paused=bool(paused),
@@ -177,7 +179,7 @@ def _stats(queue: str, answers: list[Any]) -> QueueStats:
         retry=retry,
         archived=archived,
         completed=completed,
-        due=scheduled_due + retry_due,
+        due=max(scheduled_due + retry_due, exactly_due),
         processed=int(processed or 0),
         failed=int(failed or 0),
     )
