@@ -17,11 +17,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from asyncq.broker.embedded import Store, open_store_async
+from asyncq.broker.pipeline import CALL_TIMEOUT_S, Pipeline
 from asyncq.broker.scripts import Arg, Command
 from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, OptionError
 
 OLDEST_REDIS: Final = (6, 2)  # RPOP with a count, ZMSCORE, ZADD GT, RESP3 tracking
-CALL_TIMEOUT_S: Final = 10.0  # a Redis that hangs longer is treated like one that is gone
 CONNECT_TIMEOUT_S: Final = 5.0
 POOL_SIZE: Final = 16
 
@@ -51,19 +51,49 @@ def translate(error: exceptions.RedisError) -> BrokerError:
     """Turn an error of redis-py into ours: full, unavailable (try later), or refused."""
     text = str(error)
     if _is_refused_login(error):
-        return BrokerError(f"Redis refused the credentials: {text}")
-    if isinstance(error, exceptions.OutOfMemoryError) or "OOM command not allowed" in text:
+        return _refused_login(text)
+    if isinstance(error, exceptions.NoPermissionError):
+        return _no_permission(text)
+    if isinstance(error, exceptions.ReadOnlyError):
+        return _read_only(text)
+    if isinstance(error, _LOST):
+        return _unavailable(text)
+    return refusal(text)
+
+
+def refusal(text: str) -> BrokerError:
+    """Turn what Redis answered instead of a result into an error: full, try later, or refused."""
+    code, _, rest = text.partition(" ")
+    if code == "NOSCRIPT":
+        return _NoScript(text)
+    if code in ("NOAUTH", "WRONGPASS"):
+        return _refused_login(rest)
+    if "OOM command not allowed" in text:  # inside a script it is not the first word
         return BrokerFullError(
             f"Redis is at its memory limit and takes no new tasks ({text}): let workers drain "
             "the queues, or raise maxmemory"
         )
-    if isinstance(error, exceptions.NoPermissionError):
-        return _NoPermission(f"Redis does not permit the command: {text}")
-    if isinstance(error, exceptions.ReadOnlyError) or "READONLY" in text:
-        return _ReadOnly(f"Redis is a replica, which takes no writes: {text}")
-    if isinstance(error, _LOST) or text.startswith(_TRANSIENT):
-        return BrokerUnavailableError(f"Redis is not available: {text}")
-    return BrokerError(text)
+    if code == "NOPERM":
+        return _no_permission(rest)
+    if "READONLY" in text:
+        return _read_only(text)
+    return _unavailable(text) if text.startswith(_TRANSIENT) else BrokerError(text)
+
+
+def _refused_login(text: str) -> BrokerError:
+    return BrokerError(f"Redis refused the credentials: {text}")
+
+
+def _no_permission(text: str) -> BrokerError:
+    return _NoPermission(f"Redis does not permit the command: {text}")
+
+
+def _read_only(text: str) -> BrokerError:
+    return _ReadOnly(f"Redis is a replica, which takes no writes: {text}")
+
+
+def _unavailable(text: str) -> BrokerError:
+    return BrokerUnavailableError(f"Redis is not available: {text}")
 
 
 def _is_refused_login(error: BaseException) -> bool:
@@ -87,7 +117,7 @@ class Pool:
         self._kwargs, self._embedded_path = _parse(url)
         self._store: Store | None = None
         self._free = asyncio.Semaphore(size)
-        self._idle: list[aioredis.Connection] = []  # the last used is taken first
+        self._idle: list[Pipeline] = []  # the last used is taken first
         self._open = False
 
     async def open(self) -> None:
@@ -117,27 +147,22 @@ class Pool:
         if not self._open:
             raise BrokerError("not connected: use it in 'async with', or await open() first")
         async with self._free:
-            connection = self._idle.pop() if self._idle else self._new(protocol=2)
+            pipeline = await self._ready()
             try:
-                answers = await self._call_on(connection, commands)
-                if any(isinstance(answer, _ReadOnly) for answer in answers):
-                    await self._forget_primary(connection)
-                return answers
-            except BaseException:
-                # The answer may still be under way, and would be taken for that of the next
-                # command. (A cancelled call ends here too.)
-                await connection.disconnect(nowait=True)
-                raise
+                answers = await self._call_on(pipeline, commands)
             finally:
                 if self._open:
-                    self._idle.append(connection)
+                    self._idle.append(pipeline)
                 else:
-                    await connection.disconnect(nowait=True)
+                    pipeline.close()
+            if any(isinstance(answer, _ReadOnly) for answer in answers):
+                self._forget_primary()
+            return answers
 
-    async def _forget_primary(self, connection: aioredis.Connection) -> None:
+    def _forget_primary(self) -> None:
         """After a failover the old primary is a replica: new connections find the new one."""
-        for stale in (connection, *self._idle):
-            await stale.disconnect(nowait=True)
+        for stale in self._idle:
+            stale.close()
 
     async def ask(self, *commands: Sequence[Arg] | Command) -> list[Answer]:
         """Send commands that belong together, as `call`, and raise the first error of an answer.
@@ -151,42 +176,49 @@ class Pool:
                 raise answer
         return answers
 
-    async def _call_on(
-        self, connection: aioredis.Connection, commands: Sequence[Sequence[Arg] | Command]
-    ) -> list[Answer]:
-        sent = False
+    async def _ready(self) -> Pipeline:
+        while self._idle:
+            pipeline = self._idle.pop()
+            if pipeline.ready():
+                return pipeline
+            pipeline.close()
+        connection = self._new(protocol=2)
         try:
-            # One timeout for the whole call: redis-py's own would start a task for each write.
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                await self._ready(connection)
-                packed = [pack(c.by_digest if isinstance(c, Command) else c) for c in commands]
-                sent = True
-                await connection.send_packed_command(packed, check_health=False)
-                answers = [await _answer(connection) for _ in commands]
-                for i, command in enumerate(commands):
-                    # A script that Redis lost is sent again, alone: its neighbours have run.
-                    if isinstance(answers[i], _NoScript) and isinstance(command, Command):
-                        await connection.send_packed_command([pack(command.by_text)])
-                        answers[i] = await _answer(connection)
-                return answers
+            async with asyncio.timeout(CALL_TIMEOUT_S):  # redis-py has none for the login
+                await connection.connect()
         except exceptions.RedisError as error:
             if (
                 isinstance(error, _LOST)
                 and not isinstance(error, exceptions.BusyLoadingError)
                 and not _is_refused_login(error)
             ):
-                raise ConnectionLostError(error, self.where, sent=sent) from error
+                raise ConnectionLostError(error, self.where, sent=False) from error
             raise translate(error) from error
-        except (OSError, TimeoutError) as error:
-            cause = error if str(error) else TimeoutError(f"no answer in {CALL_TIMEOUT_S:.0f} s")
-            raise ConnectionLostError(cause, self.where, sent=sent) from error
+        except OSError as error:
+            raise ConnectionLostError(error, self.where, sent=False) from error
+        finally:
+            if not connection.is_connected:
+                await connection.disconnect(nowait=True)
+        return Pipeline(connection)
 
-    async def _ready(self, connection: aioredis.Connection) -> None:
-        # An idle connection that has something to read was closed, or is out of step.
-        if connection.is_connected and await connection.can_read():
-            await connection.disconnect(nowait=True)
-        if not connection.is_connected:
-            await connection.connect()
+    async def _call_on(
+        self, pipeline: Pipeline, commands: Sequence[Sequence[Arg] | Command]
+    ) -> list[Answer]:
+        packed = [pack(c.by_digest if isinstance(c, Command) else c) for c in commands]
+        try:
+            answers = await pipeline.call(b"".join(packed), len(packed))
+            for i, answer in enumerate(answers):
+                if isinstance(answer, hiredis.ReplyError):
+                    answers[i] = refusal(str(answer))
+            for i, command in enumerate(commands):
+                # A script that Redis lost is sent again, alone: its neighbours have run.
+                if isinstance(answers[i], _NoScript) and isinstance(command, Command):
+                    (answer,) = await pipeline.call(pack(command.by_text), 1)
+                    is_error = isinstance(answer, hiredis.ReplyError)
+                    answers[i] = refusal(str(answer)) if is_error else answer
+        except OSError as error:  # a TimeoutError, too
+            raise ConnectionLostError(error, self.where, sent=True) from error
+        return answers
 
     @asynccontextmanager
     async def dedicated(self) -> AsyncGenerator[aioredis.Connection]:
@@ -213,7 +245,7 @@ class Pool:
         """Close every connection, and leave the embedded store; repeating it does nothing."""
         self._open = False
         while self._idle:
-            await self._idle.pop().disconnect()
+            self._idle.pop().close()
         if self._store is not None:
             store, self._store = self._store, None
             await asyncio.to_thread(store.close)
@@ -241,19 +273,6 @@ class _NoPermission(BrokerError):
 
 class _NoScript(BrokerError):
     """Redis does not know the script: it was restarted, or its scripts were flushed."""
-
-
-async def _answer(connection: Any) -> Answer:
-    try:
-        return await connection.read_response()
-    except exceptions.NoScriptError as error:
-        return _NoScript(str(error))
-    except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
-        if isinstance(error, exceptions.BusyLoadingError):
-            return translate(error)
-        raise
-    except exceptions.RedisError as error:
-        return translate(error)
 
 
 def pack(command: Sequence[Arg]) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, OptionError
-from asyncq.broker import connection
+from asyncq.broker import pipeline
 from asyncq.broker.connection import ConnectionLostError, Pool, pack, text
 from asyncq.broker.scripts import SCRIPTS
 from tests.chaos.proxy import proxied
@@ -138,7 +138,7 @@ async def test_nobody_at_the_address_is_known_not_to_have_got_it(
 async def test_a_redis_that_hangs_is_given_up(
     redis_server: Callable[..., StoreServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(pipeline, "CALL_TIMEOUT_S", 0.3)
     server = redis_server()
     pool = Pool(server.url)
     await pool.open()
