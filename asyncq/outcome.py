@@ -34,11 +34,6 @@ class Ended(NamedTuple):
     lock: str
     outcome: Outcome
 
-    @property
-    def size(self) -> int:
-        """About how many bytes it takes to save it."""
-        return len(self.outcome.message) + len(self.outcome.result or b"")
-
 
 DONE: Final = Outcome("done")
 REQUEUE: Final = Outcome("requeue")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -89,6 +90,15 @@ class Request:
             return
         result = b"" if outcome.result is None else b"=" + outcome.result
         self.moves += (outcome.kind, task_id, mark, outcome.at, outcome.message, lock, result)
+
+    def save_from(self, ended: deque[Ended]) -> None:
+        """Take and add as many outcomes as go into one call."""
+        size = 0
+        while ended and len(self.outcomes) < BATCH and size < BATCH_BYTES:
+            one = ended.popleft()
+            self.outcomes.append(one)
+            self.save(*one)
+            size += len(one.outcome.message) + len(one.outcome.result or b"")
 
 
 class Answered(NamedTuple):

@@ -20,6 +20,7 @@ class Config:
     """The options of a `Server`, which documents them; durations are seconds here."""
 
     concurrency: int = 100
+    prefetch: int = 0
     queues: dict[str, int] = field(default_factory=lambda: {"default": 1})
     strict_priority: bool = False
     queue_concurrency: dict[str, int] = field(default_factory=dict[str, int])
@@ -35,6 +36,7 @@ class Config:
         cls,
         *,
         concurrency: int,
+        prefetch: int,
         queues: Mapping[str, int],
         strict_priority: bool,
         queue_concurrency: Mapping[str, int],
@@ -51,6 +53,7 @@ class Config:
             OptionError: a value makes no sense.
         """
         _check_count(concurrency, "concurrency")
+        _check_count(prefetch, "prefetch", least=0)
         unknown = sorted(queue_concurrency.keys() - queues.keys())
         if unknown:
             raise OptionError(f"queue_concurrency names queues that are not served: {unknown}")
@@ -58,6 +61,7 @@ class Config:
             _check_count(limit, f"queue_concurrency of {queue!r}")
         return cls(
             concurrency=concurrency,
+            prefetch=prefetch,
             queues=_served(queues),
             strict_priority=strict_priority,
             queue_concurrency=dict(queue_concurrency),
@@ -83,7 +87,7 @@ def _served(queues: Mapping[str, int]) -> dict[str, int]:
     return dict(queues)
 
 
-def _check_count(value: object, name: str) -> None:
+def _check_count(value: object, name: str, least: int = 1) -> None:
     # An int32 holds it: that is what a server's record has for it.
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise OptionError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise OptionError(f"{name} must be a whole number of at least {least}, not {value!r}")

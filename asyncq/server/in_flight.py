@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections import deque
@@ -28,54 +29,29 @@ LEASE_LOST: Final = "lease lost"
 class Run:
     """One execution of a task; `mark` is the proof that the lease is this run's own."""
 
-    __slots__ = (
-        "_lease_lost",
-        "begun",
-        "cancel_reason",
-        "cancelled_at",
-        "client",
-        "deadline_at",
-        "ends_at",
-        "extended_at",
-        "final",
-        "given_up",
-        "holds_place",
-        "lane",
-        "mark",
-        "message",
-        "started_at",
-        "state",
-        "task",
-        "timer",
-    )
+    # What most runs never change stands here: one run is made for every task.
+    task: asyncio.Task[Any] | None = None  # while the handler runs; runs that never wait share one
+    waits = False  # taken ahead of its turn (`prefetch`): it has no place yet
+    begun = False
+    over = False
+    timer: asyncio.TimerHandle | None = None  # for a deadline that is near
+    cancel_reason: str | None = None
+    cancelled_at: float | None = None  # by the event loop's clock
+    final = False  # cancelled with the wish that it is not retried
+    holds_place = False  # in a thread, which cannot be stopped, so neither written off
+    given_up = False  # so far past its deadline that its lease is left to end
+    state: Any = None
+    client: Any = None
+    started_at = 0.0  # unix seconds, by Redis's clock
+    deadline_at = math.inf  # likewise
+    ends_at = math.inf  # the same instant, by the event loop's clock
+    _lease_lost: asyncio.Event | None = None
 
-    def __init__(
-        self,
-        lane: Lane,
-        message: TaskMessage,
-        mark: int,
-        started_at: float,
-        deadline_at: float,
-        ends_at: float,
-    ) -> None:
+    def __init__(self, lane: Lane, message: TaskMessage, mark: int) -> None:
         self.lane = lane
         self.message = message
         self.mark = mark
-        self.started_at = started_at  # unix seconds, by Redis's clock
-        self.deadline_at = deadline_at  # likewise
-        self.ends_at = ends_at  # the same instant, by the event loop's clock
         self.extended_at = time.monotonic()  # when the lease was last known to be held
-        self.task: asyncio.Task[None] | None = None
-        self.begun = False
-        self.timer: asyncio.TimerHandle | None = None  # for a deadline that is near
-        self.cancel_reason: str | None = None
-        self.cancelled_at: float | None = None  # by the event loop's clock
-        self.final = False  # cancelled with the wish that it is not retried
-        self.holds_place = False  # in a thread, which cannot be stopped, so neither written off
-        self.given_up = False  # so far past its deadline that its lease is left to end
-        self.state: Any = None
-        self.client: Any = None
-        self._lease_lost: asyncio.Event | None = None
 
     @property
     def lease_lost(self) -> asyncio.Event:
@@ -88,17 +64,16 @@ class Run:
 
     def cancel(self, reason: str) -> None:
         """Cancel the handler; the first reason counts, but for a lost lease, which always does."""
-        if self.task is None or self.task.done():
+        if self.over:
             return
         if self.cancel_reason is None or (
             reason == LEASE_LOST and self.cancel_reason != LEASE_LOST
         ):
             self.cancel_reason = reason
-            self.cancelled_at = self.cancelled_at or self.task.get_loop().time()
+            self.cancelled_at = self.cancelled_at or asyncio.get_running_loop().time()
             if reason == LEASE_LOST and self._lease_lost is not None:
                 self._lease_lost.set()
-            # A task cancelled before its first step never runs, and would leave no outcome.
-            if self.begun:
+            if self.task is not None:  # one that has not begun sees the reason when it does
                 self.task.cancel(reason)
 
     async def write_result(self, data: bytes) -> None:
@@ -119,8 +94,11 @@ class Run:
 
     def sync_call(self, function: Callable[..., Awaitable[None]], /, *args: Any) -> None:
         """Run one of the two above from another thread, and wait for it."""
-        assert self.task is not None
-        if self.task.get_loop() is _running_loop():
+        task = self.task
+        if task is None:
+            raise LeaseExpiredError  # the run is over
+        loop = task.get_loop()
+        if loop is _running_loop():
             raise AsyncqError(
                 "ctx.sync waits, which would block the event loop: in an async handler use "
                 "await ctx.progress(...) and await ctx.write_result(...)"
@@ -129,7 +107,7 @@ class Run:
         async def call() -> None:
             await function(*args)
 
-        asyncio.run_coroutine_threadsafe(call(), self.task.get_loop()).result()
+        asyncio.run_coroutine_threadsafe(call(), loop).result()
 
     async def _write(self, name: str, value: bytes) -> None:
         lane = self.lane
@@ -201,14 +179,17 @@ class InFlight:
         concurrency: int,
         annotate: Annotate,
         limits: dict[str, int] | None = None,
+        prefetch: int = 0,
     ) -> None:
         self.concurrency = concurrency
+        self.prefetch = prefetch
         self.annotate = annotate
         limits = limits or {}
         self.lanes = {
             queue: Lane(self, queue, weight, limits.get(queue)) for queue, weight in queues.items()
         }
         self.running = 0
+        self.waiting: deque[Run] = deque()  # taken ahead, each for the next place that is free
         self.clock_offset = 0.0  # Redis's clock minus ours, from the last answer
         self.changed = asyncio.Event()  # an outcome, a free place, or a queue to ask again
         self.unarmed = asyncio.Event()  # there are lanes whose changes would not be told
@@ -217,8 +198,8 @@ class InFlight:
 
     @property
     def free(self) -> int:
-        """How many more tasks may run now."""
-        return self.concurrency - self.running
+        """How many more tasks may be taken now."""
+        return self.concurrency + self.prefetch - self.running - len(self.waiting)
 
     def now(self) -> float:
         """Unix seconds by Redis's clock, as near as the last answer tells."""
@@ -234,10 +215,24 @@ class InFlight:
         """The runs of tasks with this id; ids are unique only within a queue."""
         return [lane.runs[task_id] for lane in self.lanes.values() if task_id in lane.runs]
 
-    def add(self, run: Run) -> None:
-        """Take a place for a run."""
+    def add(self, run: Run) -> bool:
+        """Give a run a place, or let it wait for one; return whether it may begin."""
         run.lane.runs[run.message.id] = run
+        if self.running < self.concurrency:
+            self.running += 1
+            return True
+        run.waits = True
+        self.waiting.append(run)
+        return False
+
+    def next_waiting(self) -> Run | None:
+        """Give the next run that waits a free place, if there are both."""
+        if not self.waiting or self.running >= self.concurrency:
+            return None
+        run = self.waiting.popleft()
+        run.waits = False
         self.running += 1
+        return run
 
     def end(self, run: Run, outcome: Outcome | None) -> None:
         """Give the place back and leave the outcome (`None`: nothing to save) to the pump."""
@@ -245,7 +240,12 @@ class InFlight:
         if lane.runs.get(message.id) is not run:
             return  # written off before
         del lane.runs[message.id]
-        self.running -= 1
+        run.over = True
+        run.task = None
+        if run.waits:
+            self.waiting.remove(run)
+        else:
+            self.running -= 1
         if not self.running and self._idle is not None:
             self._idle.set()
         if run.timer is not None:

@@ -66,6 +66,7 @@ class Server:
         redis: str | None = None,
         *,
         concurrency: int = 100,
+        prefetch: int = 0,
         queues: Mapping[str, int] = {"default": 1},
         strict_priority: bool = False,
         queue_concurrency: Mapping[str, int] = {},
@@ -79,6 +80,7 @@ class Server:
         self.url = redis_url() if redis is None else redis
         self.config = Config.checked(
             concurrency=concurrency,
+            prefetch=prefetch,
             queues=queues,
             strict_priority=strict_priority,
             queue_concurrency=queue_concurrency,
@@ -248,7 +250,11 @@ class Server:
             self._stack.callback(mux.bind, None)
         executors = Executors(config.concurrency)
         in_flight = InFlight(
-            config.queues, config.concurrency, self._broker.annotate, config.queue_concurrency
+            config.queues,
+            config.concurrency,
+            self._broker.annotate,
+            config.queue_concurrency,
+            config.prefetch,
         )
         execution = Execution(
             in_flight,

@@ -396,7 +396,7 @@ async def syncer_retry(world: World) -> None:
         async def has_refused_the_outcome() -> bool:
             assert server._parts is not None
             errors = await world.redis.info("errorstats")
-            return "errorstat_NOREPLICAS" in errors and bool(server._parts.pump._unanswered)
+            return "errorstat_NOREPLICAS" in errors and bool(server._parts.pump._under_way())
 
         await world.until(has_refused_the_outcome)
         await world.redis.config_set("min-replicas-to-write", 0)

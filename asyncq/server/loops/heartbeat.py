@@ -158,7 +158,7 @@ class Heartbeat:
         try:
             await each(by_queue, lambda queue: self._extend(queue, by_queue[queue]))
         finally:
-            await self._announce(runs)
+            await self._announce([run for run in runs if not run.waits])
         return len(runs)
 
     def _is_alive(self, run: Run) -> bool:

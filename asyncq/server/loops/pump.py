@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from typing import Final
 
-from asyncq.broker.broker import BATCH, Answered, Broker, Request, batch_of
+from asyncq.broker.broker import BATCH, Answered, Broker, Request
 from asyncq.errors import BrokerError, BrokerUnavailableError, MalformedMessageError
 from asyncq.message import decode, quarantined
 from asyncq.outcome import Ended, Outcome
@@ -20,6 +21,19 @@ log = logging.getLogger("asyncq.server")
 
 RUN_LATER_S: Final = 1.0
 HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the server stops
+WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than it gains
+
+
+class Hand:
+    """One of the two that work the pump: it has at most one call to Redis under way.
+
+    `name` is that under which the scripts keep its last answer. `unanswered`: requests whose
+    answer has not come, to be sent again as they are.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.unanswered: dict[Lane, Request] = {}
 
 
 class Pump:
@@ -27,6 +41,9 @@ class Pump:
 
     A task is taken only when a place is free. Places are dealt by weight to the queues not
     known to be empty; with `strict`, the queues are asked one after the other, highest first.
+
+    While there is a backlog a second hand helps, each taking half of the places: so the tasks
+    of one run here while Redis works for the other, and neither waits for the other's end.
     """
 
     def __init__(
@@ -41,42 +58,70 @@ class Pump:
         self._broker = broker
         self._in_flight = in_flight
         self._execution = execution
-        self._server_id = server_id
         self._strict = strict
+        self._first, self._second = Hand(server_id), Hand(f"{server_id}.2")
         self._lanes = sorted(in_flight.lanes.values(), key=lambda lane: -lane.weight)
         self._sequences = itertools.count(1)
-        self._unanswered: dict[Lane, Request] = {}  # to be sent again as they are
         self._trouble = Trouble("pump")
         self._refusals: dict[Lane, Trouble] = {}
+        self._half = (in_flight.concurrency + in_flight.prefetch) // 2
+        # Strictly, a second call would take lower tasks while the first asks higher up.
+        self._overlaps = not strict and self._half >= WORTH_OVERLAPPING
+        self._backlog = asyncio.Event()  # more is pending than was taken
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
 
     def stop_fetching(self) -> None:
-        """Take no more tasks; outcomes are still saved."""
+        """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
         self._stopping.set()
+        self._backlog.clear()
+        self._execution.put_back_waiting()
         self._in_flight.changed.set()
 
     async def run(self) -> None:
         """Pump until cancelled. A fetch under way must not be: await `drained` first."""
+        async with asyncio.TaskGroup() as hands:
+            hands.create_task(self._work())
+            if self._overlaps:
+                hands.create_task(self._help())
+
+    async def _work(self) -> None:
         while True:
             self._in_flight.changed.clear()
             if not await self.tick():
-                self._quiet.set()
+                if not self._under_way():
+                    self._quiet.set()
                 await self._in_flight.changed.wait()
+
+    async def _help(self) -> None:
+        """Work as well while there is a backlog.
+
+        A change that wakes only this hand is not lost when it is left to the first: that one
+        looks again when its answer comes.
+        """
+        while True:
+            if not self._second.unanswered:
+                await self._backlog.wait()
+            self._in_flight.changed.clear()
+            if not await self._turn(self._second):
+                await self._in_flight.changed.wait()
+            elif self._stopping.is_set():
+                self._in_flight.changed.set()  # the first hand waits for what this one brought
 
     async def drained(self) -> None:
         """Wait until no request is unanswered and every outcome is saved."""
-        while self._unanswered or self._in_flight.unsaved():
+        self._in_flight.changed.set()
+        while self._under_way() or self._in_flight.unsaved():
             self._quiet.clear()
-            self._in_flight.changed.set()
             await self._quiet.wait()
 
     async def tick(self) -> int:
         """Do one round trip for every queue that needs one; return the number of requests."""
-        if self._strict:
-            return await self._one_after_the_other()
-        requests = self._requests()
-        await self._send(requests)
+        return await (self._one_after_the_other() if self._strict else self._turn(self._first))
+
+    async def _turn(self, hand: Hand) -> int:
+        requests = self._requests(hand)
+        await self._send(hand, requests)
         return len(requests)
 
     async def _one_after_the_other(self) -> int:
@@ -89,31 +134,44 @@ class Pump:
         last = max((i for i, lane in enumerate(self._lanes) if not lane.empty), default=-1)
         for i, lane in enumerate(self._lanes):
             want = lane.room(self._places()) if i <= last else 0
-            requests = self._request(lane, min(want, BATCH))
-            await self._send(requests)
+            requests = self._request(self._first, lane, min(want, BATCH))
+            await self._send(self._first, requests)
             sent += len(requests)
         return sent
 
-    def _requests(self) -> dict[Lane, Request]:
-        wants = self._share(self._places())
+    def _requests(self, hand: Hand) -> dict[Lane, Request]:
+        places = self._places()
+        if self._backlog.is_set() and self._overlaps:
+            places = min(places, self._half)
+        worth = places + self._in_flight.unsaved() >= WORTH_OVERLAPPING
+        if hand is self._second and not hand.unanswered and not worth:
+            return {}
+        wants = self._share(hand, places)
         requests: dict[Lane, Request] = {}
         for lane in self._lanes:
-            requests |= self._request(lane, wants.get(lane, 0))
+            requests |= self._request(hand, lane, wants.get(lane, 0))
         return requests
 
-    def _request(self, lane: Lane, want: int) -> dict[Lane, Request]:
+    def _request(self, hand: Hand, lane: Lane, want: int) -> dict[Lane, Request]:
         """What to send to one queue, if anything; an unanswered request goes first, as it is."""
-        if again := self._unanswered.get(lane):
+        if again := hand.unanswered.get(lane):
             return {lane: again}
         if (not want and not lane.ended) or self._refused(lane):
             return {}
-        n = min(len(lane.ended), batch_of(ended.size for ended in lane.ended))
-        outcomes = [lane.ended.popleft() for _ in range(n)]
-        request = Request(lane.queue, next(self._sequences), want, outcomes)
-        for ended in outcomes:
-            request.save(*ended)
+        if self._stopping.is_set() and lane.ended:
+            if self._other(hand).unanswered:  # what that brings is to be put back before
+                return {}
+            _last_taken_first(lane.ended)
+        request = Request(lane.queue, next(self._sequences), want)
+        request.save_from(lane.ended)
         lane.turn += want / lane.weight
         return {lane: request}
+
+    def _other(self, hand: Hand) -> Hand:
+        return self._second if hand is self._first else self._first
+
+    def _under_way(self) -> list[Request]:
+        return [*self._first.unanswered.values(), *self._second.unanswered.values()]
 
     def _refused(self, lane: Lane) -> bool:
         return lane.refused_until > asyncio.get_running_loop().time()
@@ -121,15 +179,15 @@ class Pump:
     def _places(self) -> int:
         if self._stopping.is_set():
             return 0
-        return self._in_flight.free - sum(r.want for r in self._unanswered.values())
+        return self._in_flight.free - sum(request.want for request in self._under_way())
 
-    def _share(self, places: int) -> dict[Lane, int]:
+    def _share(self, hand: Hand, places: int) -> dict[Lane, int]:
         """Deal places: each goes to the queue that has had the least for its weight."""
         rooms = {
             lane: min(room, BATCH)
             for lane in self._lanes
             if not lane.empty
-            and lane not in self._unanswered
+            and lane not in hand.unanswered
             and not self._refused(lane)
             and (room := lane.room(places)) > 0
         }
@@ -156,22 +214,22 @@ class Pump:
                 lane.turn = level
                 lane.rejoins = False
 
-    async def _send(self, requests: dict[Lane, Request]) -> None:
+    async def _send(self, hand: Hand, requests: dict[Lane, Request]) -> None:
         if not requests:
             return
-        self._unanswered |= requests
+        hand.unanswered |= requests
         try:
-            answers = await self._broker.pump(self._server_id, list(requests.values()))
+            answers = await self._broker.pump(hand.name, list(requests.values()))
         except BrokerUnavailableError as error:
             await self._pause(self._trouble.pause_s(error))
             return
         except BrokerError as error:  # refused before any queue was asked
             answers = [error] * len(requests)
         self._trouble.over()
-        for (lane, request), answer in zip(requests.items(), answers, strict=True):
+        for (lane, request), answer in zip(list(requests.items()), answers, strict=True):
             if isinstance(answer, BrokerUnavailableError):
                 continue  # it is sent again, as it is
-            del self._unanswered[lane]
+            del hand.unanswered[lane]
             if isinstance(answer, BrokerError):
                 self._put_off(lane, request, answer)
             else:
@@ -222,6 +280,10 @@ class Pump:
             got = len(answer.ids) + len(answer.ghosts)
             now = asyncio.get_running_loop().time()
             lane.found(got, request.want, now, more=answer.more)
+            if lane.empty and all(lane.empty for lane in self._lanes):
+                self._backlog.clear()
+            elif got >= WORTH_OVERLAPPING and not self._stopping.is_set():
+                self._backlog.set()
 
     def _run_later(self, lane: Lane, task_id: str, answer: Answered, raw: bytes) -> None:
         """An earlier run that lost its lease has not ended: two at a time would be worse."""
@@ -240,6 +302,13 @@ class Pump:
         message = quarantined(task_id, lane.queue, raw, str(error), int(self._in_flight.now()))
         lane.ended.append(Ended(task_id, mark, "", Outcome("quarantine", 0, message)))
         self._in_flight.changed.set()
+
+
+def _last_taken_first(ended: deque[Ended]) -> None:
+    """Put in order what is put back: each goes in front of the one before."""
+    ordered = sorted(ended, key=lambda one: -one.mark)
+    ended.clear()
+    ended.extend(ordered)
 
 
 def _report(queue: str, answer: Answered) -> None:

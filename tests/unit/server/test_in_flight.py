@@ -21,7 +21,7 @@ def in_flight(**options: Any) -> InFlight:
 
 
 def run_of(lane: Lane, task_id: str = "a", mark: int = 1) -> Run:
-    run = Run(lane, TaskMessage(id=task_id, queue=lane.queue), mark, 0.0, 1.0, 1.0)
+    run = Run(lane, TaskMessage(id=task_id, queue=lane.queue), mark)
     lane.in_flight.add(run)
     return run
 
