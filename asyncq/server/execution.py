@@ -65,6 +65,7 @@ class Execution:
         self._error_handler = error_handler
         self._client = client
         self.routes: Routes
+        self._loop = asyncio.get_running_loop()
         self._batch: deque[Run] | None = None  # runs that begin when the event loop comes round
 
     def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
@@ -79,7 +80,7 @@ class Execution:
             self._in_flight.end(run, REQUEUE)
 
     def _start(self, run: Run, now: float) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         run.client = self._client
         run.started_at = now
         run.deadline_at = deadline_at = _deadline(run.message, now)
@@ -95,10 +96,9 @@ class Execution:
         self._batch.append(run)
 
     def _begin(self, batch: deque[Run]) -> None:
-        loop = asyncio.get_running_loop()
         # The event loop holds a task until its first step, from then on its run does.
-        loop.create_task(self._sprint(batch))  # noqa: RUF006
-        loop.call_soon(self._spread, batch)  # comes right after the first step of the task
+        self._loop.create_task(self._sprint(batch))  # noqa: RUF006
+        self._loop.call_soon(self._spread, batch)  # comes right after the first step of the task
 
     async def _sprint(self, batch: deque[Run]) -> None:
         """Do runs one after the other in this one task, as long as no handler waits.
@@ -113,7 +113,7 @@ class Execution:
         assert task is not None
         clean, ends_at = copy_context(), time.monotonic() + SPRINT_S
         while batch:
-            await self._run(batch.popleft())
+            await self._run(batch.popleft(), task)
             if task.cancelling() or copy_context() != clean:
                 self._spread(batch)
             elif batch and time.monotonic() >= ends_at:
@@ -123,14 +123,14 @@ class Execution:
 
     def _spread(self, batch: deque[Run]) -> None:
         """Start a task for each run of a batch that has not begun."""
-        loop = asyncio.get_running_loop()
         while batch:
-            loop.create_task(self._run(batch.popleft()))  # noqa: RUF006
+            self._loop.create_task(self._run(batch.popleft()))  # noqa: RUF006
 
-    async def _run(self, run: Run) -> None:
+    async def _run(self, run: Run, task: asyncio.Task[None] | None = None) -> None:
         run.begun = True
-        run.task = asyncio.current_task()  # not before: cancelled before its first step, it would
-        entry = self.routes.find(run.message.type)  # never run, and leave no outcome
+        # Not before: a task cancelled before its first step never runs, and leaves no outcome.
+        run.task = task or asyncio.current_task()
+        entry = self.routes.find(run.message.type)
         context: Context[Any] = Context(run)
         token = current.set(context)
         run.state = entry.state
@@ -152,7 +152,7 @@ class Execution:
 
     def _end(self, run: Run, outcome: Outcome | None) -> None:
         self._in_flight.end(run, outcome)
-        while (waiting := self._in_flight.next_waiting()) is not None:
+        while self._in_flight.waiting and (waiting := self._in_flight.next_waiting()) is not None:
             self._start(waiting, self._in_flight.now())
 
     def counts(self, task_type: str, error: BaseException) -> bool:
@@ -164,7 +164,7 @@ class Execution:
 
         Returns the number of runs written off.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         now, written_off = loop.time(), 0
         for run in self._in_flight.runs():
             if run.cancelled_at is not None:

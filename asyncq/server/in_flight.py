@@ -50,6 +50,7 @@ class Run:
     def __init__(self, lane: Lane, message: TaskMessage, mark: int) -> None:
         self.lane = lane
         self.message = message
+        self.id = message.id  # a message makes a new string each time it is asked
         self.mark = mark
         self.extended_at = time.monotonic()  # when the lease was last known to be held
 
@@ -111,7 +112,7 @@ class Run:
 
     async def _write(self, name: str, value: bytes) -> None:
         lane = self.lane
-        written = await lane.in_flight.annotate(lane.queue, self.message.id, self.mark, name, value)
+        written = await lane.in_flight.annotate(lane.queue, self.id, self.mark, name, value)
         if not written:
             raise LeaseExpiredError
 
@@ -217,7 +218,7 @@ class InFlight:
 
     def add(self, run: Run) -> bool:
         """Give a run a place, or let it wait for one; return whether it may begin."""
-        run.lane.runs[run.message.id] = run
+        run.lane.runs[run.id] = run
         if self.running < self.concurrency:
             self.running += 1
             return True
@@ -236,10 +237,10 @@ class InFlight:
 
     def end(self, run: Run, outcome: Outcome | None) -> None:
         """Give the place back and leave the outcome (`None`: nothing to save) to the pump."""
-        lane, message = run.lane, run.message
-        if lane.runs.get(message.id) is not run:
+        lane = run.lane
+        if lane.runs.get(run.id) is not run:
             return  # written off before
-        del lane.runs[message.id]
+        del lane.runs[run.id]
         run.over = True
         run.task = None
         if run.waits:
@@ -251,7 +252,7 @@ class InFlight:
         if run.timer is not None:
             run.timer.cancel()
         if outcome is not None:
-            lane.ended.append(Ended(message.id, run.mark, message.unique_key, outcome))
+            lane.ended.append(Ended(run.id, run.mark, run.message.unique_key, outcome))
         self.changed.set()
 
     def put_back(self, lane: Lane, task_id: str, mark: int) -> None:
