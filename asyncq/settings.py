@@ -117,7 +117,8 @@ class Settings(ClientSettings):
         queues: `ASYNCQ_QUEUES`, as `critical=6,default=3,low`; default `default` alone.
         strict_priority: `ASYNCQ_STRICT_PRIORITY`: a queue is asked only when those of greater
             weight are empty; default false.
-        concurrency: `ASYNCQ_CONCURRENCY`, how many tasks run at a time; default 100.
+        concurrency: `ASYNCQ_CONCURRENCY`, how many tasks run at a time in a process; default 100.
+        processes: `ASYNCQ_PROCESSES`, how many worker processes run; default 1.
         shutdown_timeout: `ASYNCQ_SHUTDOWN_TIMEOUT`, in seconds, what running tasks get to end
             after SIGTERM; default 8.
         log_level: `ASYNCQ_LOG_LEVEL`: debug, info, warning, error or critical; default info.
@@ -127,6 +128,7 @@ class Settings(ClientSettings):
     queues: Queues = Field(default={"default": 1}, min_length=1)
     strict_priority: bool = False
     concurrency: int = Field(default=100, ge=1)
+    processes: int = Field(default=1, ge=1)
     shutdown_timeout: float = Field(default=8.0, ge=0, allow_inf_nan=False)
     log_level: Annotated[LogLevel, BeforeValidator(_lower_case)] = "info"
     log_format: Annotated[LogFormat, BeforeValidator(_lower_case)] = "text"

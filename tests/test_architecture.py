@@ -34,9 +34,11 @@ ROOMS = {
     "execution": Room("server.execution server.in_flight server.loop", "execution mux nouns"),
     "loops": Room("server.loops", "nouns broker execution"),
     "server": Room("server", "server loops execution nouns mux client broker settings"),
+    # The parent of several workers: no worker itself, so it knows none of the server.
+    "pool": Room("server.pool", ""),
     "composers": Room("scheduler flow limits", "client broker nouns"),
     "public": Room("", "nouns mux client inspector server composers"),
-    "cli": Room("cli __main__", "cli public inspector settings"),
+    "cli": Room("cli __main__", "cli public inspector pool settings"),
     "dashboard": Room("dashboard", "dashboard public inspector"),
     "contrib": Room("contrib", "contrib public inspector"),
     "testing": Room("testing", "testing public inspector"),

@@ -672,7 +672,7 @@ async def test_users_with_these_rights_can_do_their_work(
         ("`await handle.wait()`", "handle.wait"),
         ("`delay=5`", "delay="),
         ("`QueueFullError`", "QueueFullError"),
-        ("`asyncq/server/pool.py`", "asyncq/server/pool.py"),
+        ("`asyncq/server/fleet.py`", "asyncq/server/fleet.py"),
     ],
 )
 def test_a_name_that_does_not_exist_is_seen(text: str, problem: str) -> None:

@@ -21,22 +21,28 @@ INDENT: Final = "    "
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message", "taskName"}
 
 
-def set_up(level: str, form: str) -> None:
+def set_up(level: str, form: str, process: int | None = None) -> None:
     """Log to stderr from `level` up, as `text` or as `json`.
+
+    Each line names the `process`, if it is one of several.
 
     It comes before the user's modules are imported: what they log then is seen, and what they set
     up by themselves wins.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(process) if form == "json" else TextFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people: local time, level, logger, message, and the task that logged it."""
+    """A line for people: local time, level, process, logger, message, and the task that logged."""
 
     default_msec_format = "%s.%03d"
+
+    def __init__(self, process: int | None = None) -> None:
+        super().__init__()
+        self._process = () if process is None else (f"[{process}]",)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line, with the lines of a traceback indented below it."""
@@ -45,6 +51,7 @@ class TextFormatter(logging.Formatter):
             (
                 self.formatTime(record),
                 f"{record.levelname:<8}",
+                *self._process,
                 f"{printable(record.name)}:",
                 printable(first.expandtabs()),
                 *_task_of(record),
@@ -57,12 +64,17 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, and the record's extra fields."""
 
+    def __init__(self, process: int | None = None) -> None:
+        super().__init__()
+        self._process = {} if process is None else {"process": process}
+
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line of JSON."""
         time = datetime.fromtimestamp(record.created, UTC)
         fields: dict[str, Any] = {
             "time": time.isoformat(timespec="microseconds"),
             "level": record.levelname.lower(),
+            **self._process,
             "logger": record.name,
             "message": record.getMessage(),
         }

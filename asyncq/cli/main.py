@@ -67,7 +67,7 @@ def asyncq(
 
     A setting comes from its option, else from its variable, else from its default. Variables:
     ASYNCQ_REDIS_URL, ASYNCQ_QUEUES, ASYNCQ_STRICT_PRIORITY, ASYNCQ_CONCURRENCY,
-    ASYNCQ_SHUTDOWN_TIMEOUT, ASYNCQ_LOG_LEVEL, ASYNCQ_LOG_FORMAT.
+    ASYNCQ_PROCESSES, ASYNCQ_SHUTDOWN_TIMEOUT, ASYNCQ_LOG_LEVEL, ASYNCQ_LOG_FORMAT.
 
     \b
     Examples:

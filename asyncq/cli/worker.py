@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from asyncq.cli import logs, reloader
 from asyncq.cli.importer import ImportFromStringError, load
 from asyncq.cli.options import RedisUrl, duration
 from asyncq.cli.version import version
+from asyncq.server.pool import WorkerPool, report_ready
 from asyncq.settings import Settings, parse_queues
 
 __all__ = ["worker"]
@@ -36,6 +37,9 @@ THREADS_GRACE_S: Final = 0.5
 """How long threads that a shutdown left behind may keep the process."""
 
 TYPES_SHOWN: Final = 20
+
+PROCESS_NUMBER: Final = "--process-number"
+"""The option of a process of a pool: which one of them it is."""
 
 
 class LoopKind(StrEnum):
@@ -67,7 +71,17 @@ def worker(
             "--concurrency",
             "-c",
             metavar="N",
-            help="How many tasks run at once. Default: ASYNCQ_CONCURRENCY, else 100.",
+            help="How many tasks run at once, in each process. Default: ASYNCQ_CONCURRENCY, "
+            "else 100.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            metavar="N",
+            help="How many worker processes run, each with that concurrency; one that dies is "
+            "started again. Default: ASYNCQ_PROCESSES, else 1.",
         ),
     ] = None,
     strict: Annotated[
@@ -115,6 +129,7 @@ def worker(
         LoopKind, typer.Option(help="The event loop; auto is uvloop where it is installed.")
     ] = LoopKind.AUTO,
     parent_pipe: Annotated[int | None, typer.Option(reloader.PARENT_PIPE, hidden=True)] = None,
+    process_number: Annotated[int | None, typer.Option(PROCESS_NUMBER, hidden=True)] = None,
 ) -> None:
     """Run a worker, which takes tasks from queues and handles them.
 
@@ -127,6 +142,7 @@ def worker(
       asyncq worker shop.tasks:mux
       asyncq worker shop.tasks:mux -q critical=6 -q default=3 -q low -c 50
       asyncq worker shop.tasks:mux --strict -q high=2 -q low --log-format json
+      asyncq worker shop.tasks:mux --processes 4
       asyncq worker shop.tasks:mux --burst     work off what is there, then end
       asyncq worker shop.tasks:mux --reload    while you write handlers
 
@@ -139,6 +155,7 @@ def worker(
             "queues": parse_queues(queue) if queue else None,
             "strict_priority": strict,
             "concurrency": concurrency,
+            "processes": processes,
             "shutdown_timeout": duration(shutdown_timeout, "--shutdown-timeout"),
             "log_level": log_level,
             "log_format": log_format,
@@ -146,9 +163,11 @@ def worker(
     )
     if reload and burst:
         raise OptionError("--burst ends a worker and --reload starts it again: use one of them")
-    logs.set_up(settings.log_level, settings.log_format)
+    logs.set_up(settings.log_level, settings.log_format, process_number)
     if reload:
         raise typer.Exit(reloader.run(Path.cwd()))
+    if settings.processes > 1 and process_number is None:
+        raise typer.Exit(asyncio.run(run_pool(settings, burst=burst, parent_pipe=parent_pipe)))
     make_loop = loop_factory(loop)
     mux = load_mux(target, Path.cwd())
     server = (BurstServer if burst else Server)(
@@ -159,9 +178,28 @@ def worker(
         shutdown_timeout=settings.shutdown_timeout,
     )
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        introduce(target, mux, settings, type(runner.get_loop()), burst=burst)
-        code = runner.run(serve(server, mux, parent_pipe))
+        if process_number in (None, 1):  # the others have nothing else to say
+            introduce(target, mux, settings, type(runner.get_loop()), burst=burst)
+        code = runner.run(serve(server, mux, parent_pipe, in_pool=process_number is not None))
     raise typer.Exit(code)
+
+
+async def run_pool(settings: Settings, *, burst: bool, parent_pipe: int | None) -> int:
+    """Run this very command in several processes and return the exit code."""
+    # As it was started: the interpreter's own options, and a script or -m.
+    command = (sys.executable, *sys.orig_argv[1:])
+
+    def of_process(number: int, line: int) -> Sequence[str]:
+        # Of an option that is given twice the later one counts: --reload has its own pipe.
+        return (*command, PROCESS_NUMBER, str(number), reloader.PARENT_PIPE, str(line))
+
+    pool = WorkerPool(
+        of_process, settings.processes, shutdown_timeout_s=settings.shutdown_timeout, burst=burst
+    )
+    if parent_pipe is not None:
+        reloader.end_with_parent(parent_pipe)
+    log.info("asyncq %s runs %d worker processes", version(), settings.processes)
+    return await pool.run()
 
 
 class BurstServer(Server):
@@ -241,10 +279,11 @@ def introduce(
     )
     log.info("Redis: %s", without_password(settings.redis_url))
     log.info(
-        "queues: %s, %s; %d tasks at once",
+        "queues: %s, %s; %d tasks at once%s",
         ", ".join(f"{name}={weight}" for name, weight in settings.queues.items()),
         "by strict priority" if settings.strict_priority else "by weight",
         settings.concurrency,
+        f" in each of {settings.processes} processes" if settings.processes > 1 else "",
     )
     log.info("%d task types: %s", len(types), ", ".join(shown) or "only patterns, or none")
     log.info(
@@ -260,13 +299,17 @@ def without_password(url: str) -> str:
     return re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
 
 
-async def serve(server: Server, mux: Mux[Any], parent_pipe: int | None = None) -> int:
+async def serve(
+    server: Server, mux: Mux[Any], parent_pipe: int | None = None, *, in_pool: bool = False
+) -> int:
     """Run the server to its end and return the exit code of the process.
 
     Whatever a handler left running keeps the process for half a second at most.
     """
     if parent_pipe is not None:
         reloader.end_with_parent(parent_pipe)
+        if in_pool:  # in the loop's next turn: `run` handles signals by then
+            asyncio.get_running_loop().call_soon(report_ready, parent_pipe)
     code = 0
     try:
         await server.run(mux)

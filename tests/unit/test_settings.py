@@ -21,7 +21,7 @@ def test_without_variables_the_documented_defaults_hold() -> None:
     settings = Settings.load()
     assert redis_url() == settings.redis_url == "redis://localhost:6379/0"
     assert settings.queues == {"default": 1}
-    assert settings.concurrency == 100
+    assert (settings.concurrency, settings.processes) == (100, 1)
     assert settings.shutdown_timeout == 8
     assert settings.strict_priority is False
     assert (settings.log_level, settings.log_format) == ("info", "text")
@@ -32,6 +32,7 @@ def test_each_variable_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("ASYNCQ_QUEUES", "critical=6, default=3,low")
     monkeypatch.setenv("ASYNCQ_STRICT_PRIORITY", "true")
     monkeypatch.setenv("ASYNCQ_CONCURRENCY", "10")
+    monkeypatch.setenv("ASYNCQ_PROCESSES", "4")
     monkeypatch.setenv("ASYNCQ_SHUTDOWN_TIMEOUT", "2.5")
     monkeypatch.setenv("ASYNCQ_LOG_LEVEL", "DEBUG")
     monkeypatch.setenv("ASYNCQ_LOG_FORMAT", "json")
@@ -40,6 +41,7 @@ def test_each_variable_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
         "queues": {"critical": 6, "default": 3, "low": 1},
         "strict_priority": True,
         "concurrency": 10,
+        "processes": 4,
         "shutdown_timeout": 2.5,
         "log_level": "debug",
         "log_format": "json",
@@ -65,6 +67,8 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("ASYNCQ_CONCURRENCY", "ten", "valid integer"),
         ("ASYNCQ_CONCURRENCY", "0", "greater than or equal to 1"),
+        ("ASYNCQ_PROCESSES", "auto", "valid integer"),
+        ("ASYNCQ_PROCESSES", "0", "greater than or equal to 1"),
         ("ASYNCQ_SHUTDOWN_TIMEOUT", "-1", "greater than or equal to 0"),
         ("ASYNCQ_SHUTDOWN_TIMEOUT", "nan", "finite number"),
         ("ASYNCQ_STRICT_PRIORITY", "maybe", "valid boolean"),

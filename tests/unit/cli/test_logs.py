@@ -35,6 +35,11 @@ def test_a_text_line_has_time_level_logger_message_and_task() -> None:
     assert rest == " INFO     shop: sent 3 task_id=42 task_type=email queue=low"
 
 
+def test_a_line_names_the_process_if_it_is_one_of_several() -> None:
+    assert TextFormatter(2).format(record("sent")).endswith(" INFO     [2] shop: sent")
+    assert json.loads(JsonFormatter(2).format(record("sent", process=7)))["process"] == 2
+
+
 def test_no_message_or_traceback_can_forge_a_text_line_or_steer_the_terminal() -> None:
     text = TextFormatter().format(record("a\n2026-01-01 b\x1b[2J", exc_info=failure(), **TASK))
     first, *rest = text.split("\n")

@@ -33,6 +33,7 @@ def test_the_version_is_told(run: Run) -> None:
         (["worker"], "MODULE:MUX"),
         (["wrker"], "No such command"),
         (["worker", "app:mux", "--concurrency", "0"], "concurrency"),
+        (["worker", "app:mux", "--processes", "0"], "processes=0"),
         (["worker", "app:mux", "--queue", "low=0"], "queue 'low' has the weight '0'"),
         (["worker", "app:mux", "--log-level", "loud"], "log_level=loud"),
         (["worker", "app:mux", "--shutdown-timeout", "soon"], "--shutdown-timeout: 'soon'"),
