@@ -118,6 +118,7 @@ class Settings(ClientSettings):
         strict_priority: `ASYNCQ_STRICT_PRIORITY`: a queue is asked only when those of greater
             weight are empty; default false.
         concurrency: `ASYNCQ_CONCURRENCY`, how many tasks run at a time in a process; default 100.
+        prefetch: `ASYNCQ_PREFETCH`, how many more it takes ahead of a free place; default 0.
         processes: `ASYNCQ_PROCESSES`, how many worker processes run; default 1.
         shutdown_timeout: `ASYNCQ_SHUTDOWN_TIMEOUT`, in seconds, what running tasks get to end
             after SIGTERM; default 8.
@@ -128,6 +129,7 @@ class Settings(ClientSettings):
     queues: Queues = Field(default={"default": 1}, min_length=1)
     strict_priority: bool = False
     concurrency: int = Field(default=100, ge=1)
+    prefetch: int = Field(default=0, ge=0)
     processes: int = Field(default=1, ge=1)
     shutdown_timeout: float = Field(default=8.0, ge=0, allow_inf_nan=False)
     log_level: Annotated[LogLevel, BeforeValidator(_lower_case)] = "info"

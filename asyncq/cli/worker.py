@@ -75,6 +75,15 @@ def worker(
             "else 100.",
         ),
     ] = None,
+    prefetch: Annotated[
+        int | None,
+        typer.Option(
+            "--prefetch",
+            metavar="N",
+            help="How many tasks more each process takes ahead, to begin when a place is free. "
+            "Default: ASYNCQ_PREFETCH, else 0.",
+        ),
+    ] = None,
     processes: Annotated[
         int | None,
         typer.Option(
@@ -155,6 +164,7 @@ def worker(
             "queues": parse_queues(queue) if queue else None,
             "strict_priority": strict,
             "concurrency": concurrency,
+            "prefetch": prefetch,
             "processes": processes,
             "shutdown_timeout": duration(shutdown_timeout, "--shutdown-timeout"),
             "log_level": log_level,
@@ -175,6 +185,7 @@ def worker(
         queues=settings.queues,
         strict_priority=settings.strict_priority,
         concurrency=settings.concurrency,
+        prefetch=settings.prefetch,
         shutdown_timeout=settings.shutdown_timeout,
     )
     with asyncio.Runner(loop_factory=make_loop) as runner:

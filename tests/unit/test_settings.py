@@ -32,6 +32,7 @@ def test_each_variable_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("ASYNCQ_QUEUES", "critical=6, default=3,low")
     monkeypatch.setenv("ASYNCQ_STRICT_PRIORITY", "true")
     monkeypatch.setenv("ASYNCQ_CONCURRENCY", "10")
+    monkeypatch.setenv("ASYNCQ_PREFETCH", "20")
     monkeypatch.setenv("ASYNCQ_PROCESSES", "4")
     monkeypatch.setenv("ASYNCQ_SHUTDOWN_TIMEOUT", "2.5")
     monkeypatch.setenv("ASYNCQ_LOG_LEVEL", "DEBUG")
@@ -41,6 +42,7 @@ def test_each_variable_sets_its_setting(monkeypatch: pytest.MonkeyPatch) -> None
         "queues": {"critical": 6, "default": 3, "low": 1},
         "strict_priority": True,
         "concurrency": 10,
+        "prefetch": 20,
         "processes": 4,
         "shutdown_timeout": 2.5,
         "log_level": "debug",
