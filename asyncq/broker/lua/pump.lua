@@ -73,14 +73,10 @@ if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 and redis.call('LLEN
 end
 
 if done_n > 0 then
-  local ids = {}
-  for i = 1, done_n do
-    ids[i] = ARGV[done_at + i * 2 - 1]
-  end
-  local scores = redis.call('ZMSCORE', lease, unpack(ids))
   local held, hashes = {}, {}
-  for i, id in ipairs(ids) do
-    if holds(scores[i], ARGV[done_at + i * 2]) then
+  for i = 1, done_n do
+    local id, run = ARGV[done_at + i * 2 - 1], ARGV[done_at + i * 2]
+    if held_by(run, id, done_n) then
       held[#held + 1] = id
       hashes[#hashes + 1] = prefix .. 't:' .. id
     else
@@ -90,9 +86,7 @@ if done_n > 0 then
   if #held > 0 then
     redis.call('ZREM', lease, unpack(held))
     redis.call('UNLINK', unpack(hashes))
-    for _, id in ipairs(held) do
-      redis.call('LREM', active, -1, id)
-    end
+    leave_active_in_order(held)
     processed_n = processed_n + #held
   end
 end
