@@ -97,7 +97,7 @@ class Execution:
 
     def _begin(self, batch: deque[Run]) -> None:
         # The event loop holds a task until its first step, from then on its run does.
-        self._loop.create_task(self._sprint(batch))  # noqa: RUF006
+        self._loop.create_task(self._sprint(batch))
         self._loop.call_soon(self._spread, batch)  # comes right after the first step of the task
 
     async def _sprint(self, batch: deque[Run]) -> None:
@@ -124,7 +124,7 @@ class Execution:
     def _spread(self, batch: deque[Run]) -> None:
         """Start a task for each run of a batch that has not begun."""
         while batch:
-            self._loop.create_task(self._run(batch.popleft()))  # noqa: RUF006
+            self._loop.create_task(self._run(batch.popleft()))
 
     async def _run(self, run: Run, task: asyncio.Task[None] | None = None) -> None:
         run.begun = True

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final
 
 from asyncq.errors import AsyncqError, LeaseExpiredError
@@ -20,7 +20,19 @@ Annotate = Callable[[str, str, int, str, bytes], Awaitable[bool]]
 
 CANCELED: Final = "context canceled"  # Asynq's text for a task that was cancelled by id
 DEADLINE: Final = "context deadline exceeded"  # Asynq's text for a timeout or deadline
-LONGEST_SPREAD: Final = 7  # 2^7 ms
+
+PATIENCE: Final = 2
+"""Changes in a row that brought a lane no task: from there on it looks before it asks."""
+
+SPREAD_S: Final = 0.005
+"""A server: what looks in vain, looks again after a random part of this times the servers."""
+
+LONGEST_SPREAD_S: Final = 0.5
+
+TO_OTHERS_S: Final = 0.003
+"""How long a new task is left to the servers that were faster lately."""
+
+SERVERS_UNKNOWN: Final = 20
 
 SHUTDOWN: Final = "server shutdown"
 LEASE_LOST: Final = "lease lost"
@@ -133,7 +145,8 @@ class Lane:
         self.told = False  # the next request follows a change, see fruitless
         self.fruitless = 0  # changes in a row that brought no task: others were faster
         self.armed = False  # a change of pending or paused will be told
-        self.arm_at = 0.0  # not before this, by the event loop's clock
+        self.arm_at = 0.0  # no look before this, by the event loop's clock
+        self.left: bytes | None = None  # the task that the last look left to others
         self.due_known = False  # due_at holds, and a change of it will be told
         self.due_at: float | None = None  # when the next delayed task is due, likewise
         self.refused_until = 0.0  # Redis refuses requests for this queue: not before, likewise
@@ -143,19 +156,16 @@ class Lane:
 
         `now` is the event loop's clock.
         """
+        self.turn -= (wanted - tasks) / self.weight
         if tasks:
             self.fruitless = 0
-        elif self.told:
-            self.fruitless = min(self.fruitless + 1, LONGEST_SPREAD)
-        self.told = False
-        self.turn -= (wanted - tasks) / self.weight
+            self.told = False
+            self.arm_at = now
+        else:
+            self._in_vain(now)
         if tasks < wanted and not more:
             self.empty = self.rejoins = True
             self.armed = False
-            # Of a hundred idle workers that one push wakes, one gets the task. The others
-            # spread before they listen again, so that they do not all run for the next one.
-            spread_ms = random.uniform(0, 2**self.fruitless) if self.fruitless else 0
-            self.arm_at = now + spread_ms / 1000
             self.in_flight.unarmed.set()
 
     def wake(self) -> None:
@@ -166,9 +176,59 @@ class Lane:
             self.empty = False
             self.in_flight.changed.set()
 
-    def room(self, places: int) -> int:
-        """How many of the free places this queue may take."""
-        return places if self.limit is None else max(0, min(places, self.limit - len(self.runs)))
+    # Of a hundred idle servers that hear of one push, one gets the task. Were all to ask at
+    # once, each push would cost Redis a hundred calls. So a lane that asked in vain a few times
+    # leaves new tasks to those that were faster: it only looks, after a pause that grows with
+    # the number of servers, and asks for what it finds left lying. It asks at once again when
+    # it has got a task; so a few lanes serve a queue while they can, and others join as soon
+    # as tasks wait.
+    #
+    # No change is lost by that. An empty lane is either armed, so that the next change is told,
+    # or it will look at `arm_at`, and a look sees whatever changed before it, told or not.
+
+    def tell(self, now: float) -> None:
+        """A change was told: ask again, or look in a moment. `now` is the event loop's clock."""
+        if not self.armed:
+            return  # an old change: it is asked for, or looked at, after this
+        self.armed = False
+        if self.fruitless < PATIENCE:
+            self.wake()
+        else:
+            self.told = True
+            self.arm_at = max(self.arm_at, now + self._spread_s() / 10)
+            self.in_flight.unarmed.set()
+
+    def looked(self, oldest: Sequence[bytes], now: float) -> None:
+        """Note the oldest ids in pending, two at most, none if the queue is paused."""
+        if not self.empty:
+            return  # it is asked anyway
+        if not oldest:
+            self._in_vain(now)
+        elif self.fruitless >= PATIENCE and len(oldest) == 1 and oldest[0] != self.left:
+            # New, so left to others; or another than the one left to them: they are at work.
+            is_first = self.left is None
+            self.left = oldest[0] if is_first else None
+            self.armed = False
+            self.arm_at = now + (TO_OTHERS_S if is_first else self._spread_s())
+        else:
+            self.wake()
+
+    def _in_vain(self, now: float) -> None:
+        self.left = None
+        if self.told:
+            self.told = False
+            self.fruitless += 1
+            if self.fruitless >= PATIENCE:
+                self.arm_at = now + self._spread_s()
+
+    def _spread_s(self) -> float:
+        return random.uniform(0, min(SPREAD_S * self.in_flight.servers, LONGEST_SPREAD_S))
+
+    def room(self, places: int, asked: int = 0) -> int:
+        """How many of the free places this queue may take, when `asked` tasks are on their way."""
+        if self.limit is None:
+            return places
+        return max(0, min(places, self.limit - len(self.runs) - asked))
 
 
 class InFlight:
@@ -190,6 +250,7 @@ class InFlight:
             queue: Lane(self, queue, weight, limits.get(queue)) for queue, weight in queues.items()
         }
         self.running = 0
+        self.servers = SERVERS_UNKNOWN  # all that Redis knows of, this one among them
         self.waiting: deque[Run] = deque()  # taken ahead, each for the next place that is free
         self.clock_offset = 0.0  # Redis's clock minus ours, from the last answer
         self.changed = asyncio.Event()  # an outcome, a free place, or a queue to ask again

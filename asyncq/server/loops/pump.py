@@ -133,7 +133,7 @@ class Pump:
         sent = 0
         last = max((i for i, lane in enumerate(self._lanes) if not lane.empty), default=-1)
         for i, lane in enumerate(self._lanes):
-            want = lane.room(self._places()) if i <= last else 0
+            want = self._room(lane, self._places()) if i <= last else 0
             requests = self._request(self._first, lane, min(want, BATCH))
             await self._send(self._first, requests)
             sent += len(requests)
@@ -181,6 +181,12 @@ class Pump:
             return 0
         return self._in_flight.free - sum(request.want for request in self._under_way())
 
+    def _room(self, lane: Lane, places: int) -> int:
+        hands = (self._first, self._second)
+        return lane.room(
+            places, sum(h.unanswered[lane].want for h in hands if lane in h.unanswered)
+        )
+
     def _share(self, hand: Hand, places: int) -> dict[Lane, int]:
         """Deal places: each goes to the queue that has had the least for its weight."""
         rooms = {
@@ -189,7 +195,7 @@ class Pump:
             if not lane.empty
             and lane not in hand.unanswered
             and not self._refused(lane)
-            and (room := lane.room(places)) > 0
+            and (room := self._room(lane, places)) > 0
         }
         if len(rooms) <= 1:
             return rooms

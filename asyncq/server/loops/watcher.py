@@ -9,7 +9,7 @@ from typing import Final
 from asyncq.broker.events import Listener
 from asyncq.broker.keys import queue_keys
 from asyncq.errors import BrokerError
-from asyncq.server.in_flight import InFlight, Lane
+from asyncq.server.in_flight import SERVERS_UNKNOWN, InFlight, Lane
 
 log = logging.getLogger("asyncq.server")
 
@@ -43,11 +43,12 @@ class Watcher:
             for lane in self._in_flight.lanes.values():
                 lane.wake()
                 lane.due_known = False
+            self._in_flight.unarmed.set()
         elif key in self._pending:
-            self._pending[key].wake()
+            self._pending[key].tell(asyncio.get_running_loop().time())
         elif key in self._delayed:
             self._delayed[key].due_known = False
-        self._in_flight.unarmed.set()
+            self._in_flight.unarmed.set()
 
     async def run(self, listener: Listener) -> None:
         """Keep every empty lane armed until cancelled."""
@@ -58,18 +59,23 @@ class Watcher:
             if not listener.connected.is_set():
                 await self._ask_blindly(listener)
                 continue
-            now = loop.time()
-            if now >= self._rearm_at:
-                self._rearm_at = now + REARM_S
-                for lane in self._in_flight.lanes.values():
-                    lane.armed = lane.due_known = False
             try:
+                if loop.time() >= self._rearm_at:
+                    self._rearm_at = loop.time() + REARM_S
+                    await self._start_over(listener)
                 await self.tick()
             except BrokerError as error:
                 log.debug("watcher: %s", error)
                 await asyncio.sleep(0.05)  # the listener finds the connection lost
                 continue
             await self._sleep(self._next_at() - loop.time())
+
+    async def _start_over(self, listener: Listener) -> None:
+        """Count the servers, and have everything read again."""
+        servers = await listener.servers(self._in_flight.now())
+        self._in_flight.servers = SERVERS_UNKNOWN if servers is None else max(servers, 1)
+        for lane in self._in_flight.lanes.values():
+            lane.armed = lane.due_known = False
 
     async def tick(self) -> int:
         """Arm the lanes that are empty and not armed; return how many."""
@@ -87,10 +93,10 @@ class Watcher:
     async def _arm(self, listener: Listener, lanes: list[Lane]) -> None:
         for lane in lanes:  # before the read: what is told while it is under way counts
             lane.armed = True
-        pending = await listener.anything_pending([lane.queue for lane in lanes])
-        for lane, anything in zip(lanes, pending, strict=True):
-            if anything:
-                lane.wake()
+        pending = await listener.oldest_pending([lane.queue for lane in lanes])
+        now = asyncio.get_running_loop().time()
+        for lane, oldest in zip(lanes, pending, strict=True):
+            lane.looked(oldest, now)
 
     async def _learn_due(self, listener: Listener, lanes: list[Lane]) -> None:
         for lane in lanes:
