@@ -146,6 +146,8 @@ class Pool:
         """
         if not self._open:
             raise BrokerError("not connected: use it in 'async with', or await open() first")
+        if not commands:
+            return []
         async with self._free:
             pipeline = await self._ready()
             try:

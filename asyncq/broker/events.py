@@ -19,7 +19,7 @@ from asyncq.broker.connection import (
     text,
     translate,
 )
-from asyncq.broker.keys import queue_keys
+from asyncq.broker.keys import SERVERS, queue_keys
 from asyncq.broker.scripts import Arg
 from asyncq.errors import BrokerError, BrokerUnavailableError
 
@@ -150,8 +150,10 @@ class Listener:
             raise lost
         return answers
 
-    async def anything_pending(self, queues: Sequence[str]) -> list[bool]:
-        """Tell which queues have tasks to take, and listen for changes of that.
+    async def oldest_pending(self, queues: Sequence[str]) -> list[list[bytes]]:
+        """Return the ids that each queue gives next, two at most, and listen for changes of that.
+
+        The oldest is first; a paused queue gives none.
 
         Raises:
             BrokerUnavailableError: the connection is down, or was lost.
@@ -159,12 +161,21 @@ class Listener:
         commands: list[Sequence[Arg]] = []
         for queue in queues:
             k = queue_keys(queue)
-            commands += (["LLEN", k.pending], ["EXISTS", k.paused])
+            commands += (["LRANGE", k.pending, -2, -1], ["EXISTS", k.paused])
         answers = await self.read(*commands)
         return [
-            not isinstance(pending, BrokerError) and bool(pending and not paused)
+            [] if isinstance(pending, BrokerError) or paused else pending[::-1]
             for pending, paused in zip(answers[::2], answers[1::2], strict=True)
         ]
+
+    async def servers(self, now: float) -> int | None:
+        """Count the servers whose records end after `now` (unix seconds); `None`: not told.
+
+        Raises:
+            BrokerUnavailableError: the connection is down, or was lost.
+        """
+        (count,) = await self.read(["ZCOUNT", SERVERS, int(now), "+inf"])
+        return None if isinstance(count, BrokerError) else int(count)
 
     async def next_due_in_s(self, queues: Sequence[str]) -> list[float | None]:
         """Tell in how many seconds each queue's next delayed task is due, and listen likewise.

@@ -7,8 +7,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextvars import copy_context
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextvars import Context as Variables
+from contextvars import ContextVar, copy_context
 from inspect import isawaitable
 from typing import Any, Final, TypeAlias
 
@@ -44,6 +45,7 @@ NEAR_S: Final = 2.0
 Nearly all tasks end long before their deadline, so most runs never need a timer.
 """
 SPRINT_S: Final = 0.005  # after so long the event loop gets its turn between two handlers
+_UNSET: Final = object()
 WRITE_OFF_S: Final = 5.0  # how long a cancelled handler may go on before its place is given away
 
 
@@ -66,6 +68,7 @@ class Execution:
         self._client = client
         self.routes: Routes
         self._loop = asyncio.get_running_loop()
+        self._context: Variables | None = None  # what every run begins with
         self._batch: deque[Run] | None = None  # runs that begin when the event loop comes round
 
     def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
@@ -96,9 +99,14 @@ class Execution:
         self._batch.append(run)
 
     def _begin(self, batch: deque[Run]) -> None:
-        # The event loop holds a task until its first step, from then on its run does.
-        self._loop.create_task(self._sprint(batch))
+        self._create_task(self._sprint(batch))
         self._loop.call_soon(self._spread, batch)  # comes right after the first step of the task
+
+    def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
+        if self._context is None:  # the first comes from the pump, later ones from handlers, too
+            self._context = copy_context()
+        # The event loop holds a task until its first step, from then on its run does.
+        self._loop.create_task(run, context=self._context.copy())
 
     async def _sprint(self, batch: deque[Run]) -> None:
         """Do runs one after the other in this one task, as long as no handler waits.
@@ -109,12 +117,12 @@ class Execution:
         and no context variable either, since a run that leaves one set is the last here.
         """
         self._batch = None
-        task = asyncio.current_task()
-        assert task is not None
-        clean, ends_at = copy_context(), time.monotonic() + SPRINT_S
+        task: Any = asyncio.current_task()
+        ends_at = time.monotonic() + SPRINT_S
         while batch:
             await self._run(batch.popleft(), task)
-            if task.cancelling() or copy_context() != clean:
+            # One that was cancelled and uncancelled still raises at its next wait (_must_cancel).
+            if task.cancelling() or task._must_cancel or not self._is_clean():
                 self._spread(batch)
             elif batch and time.monotonic() >= ends_at:
                 rest = deque(batch)
@@ -123,8 +131,19 @@ class Execution:
 
     def _spread(self, batch: deque[Run]) -> None:
         """Start a task for each run of a batch that has not begun."""
+        if self._batch is batch:  # its sprint was cancelled before the first step
+            self._batch = None
         while batch:
-            self._loop.create_task(self._run(batch.popleft()))
+            self._create_task(self._run(batch.popleft()))
+
+    def _is_clean(self) -> bool:
+        """Whether the last run here left every context variable as it was."""
+        context = copy_context()
+        before: Mapping[ContextVar[Any], Any] = self._context or {}
+        # By identity: what is equal may be another's, and comparing runs the user's code.
+        return len(context) == len(before) and all(
+            context.get(variable, _UNSET) is value for variable, value in before.items()
+        )
 
     async def _run(self, run: Run, task: asyncio.Task[None] | None = None) -> None:
         run.begun = True
@@ -168,7 +187,9 @@ class Execution:
         now, written_off = loop.time(), 0
         for run in self._in_flight.runs():
             if run.cancelled_at is not None:
-                if now - run.cancelled_at > WRITE_OFF_S and not run.holds_place:
+                if run.waits:  # for handlers that may take hours
+                    self._end(run, self._interrupted(run, self.routes.find(run.message.type)))
+                elif now - run.cancelled_at > WRITE_OFF_S and not run.holds_place:
                     self._write_off(run)
                     written_off += 1
             elif run.timer is None and run.ends_at - now < NEAR_S:
