@@ -152,8 +152,10 @@ class Heartbeat:
         """Extend all leases, then write the records; return the number of runs."""
         runs = list(self._in_flight.runs())
         by_queue: dict[str, list[Run]] = {}
+        # What waits for a place would wait for ever behind a run that blocks the event loop.
+        blocked = not all([self._is_alive(run) for run in runs])
         for run in runs:
-            if self._is_alive(run):
+            if not run.given_up and not (blocked and run.waits):
                 by_queue.setdefault(run.lane.queue, []).append(run)
         try:
             await each(by_queue, lambda queue: self._extend(queue, by_queue[queue]))
