@@ -197,7 +197,8 @@ class Pool:
                 raise ConnectionLostError(error, self.where, sent=False) from error
             raise translate(error) from error
         except OSError as error:
-            raise ConnectionLostError(error, self.where, sent=False) from error
+            cause = error if str(error) else TimeoutError(f"no answer in {CALL_TIMEOUT_S:.0f} s")
+            raise ConnectionLostError(cause, self.where, sent=False) from error
         finally:
             if not connection.is_connected:
                 await connection.disconnect(nowait=True)

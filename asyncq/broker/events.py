@@ -4,31 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import hiredis
 import redis.asyncio as aioredis
-from redis import exceptions
 
-from asyncq.broker.connection import (
-    Answer,
-    ConnectionLostError,
-    Pool,
-    pack,
-    text,
-    translate,
-)
+from asyncq.broker.connection import Answer, ConnectionLostError, Pool, pack, refusal, text
 from asyncq.broker.keys import SERVERS, queue_keys
+from asyncq.broker.pipeline import Pipeline
 from asyncq.broker.scripts import Arg
 from asyncq.errors import BrokerError, BrokerUnavailableError
 
 log = logging.getLogger("asyncq.broker")
 
-ANSWER_TIMEOUT_S: Final = 10.0
 RECONNECT_S: Final = (0.05, 2.0)  # first and longest pause between attempts
 
-_PUSHED: Final = object()
+_NOTHING_YET: Final = object()
+_hiredis: Any = hiredis  # its stubs know no PushNotification
+
+
+class Ear(Pipeline):
+    """A pipeline on which Redis also tells things unasked, handed on as they come.
+
+    What `on_push` raises ends the connection, and is `ended` then.
+    """
+
+    def __init__(self, connection: aioredis.Connection, on_push: Callable[[Any], None]) -> None:
+        super().__init__(connection)
+        self._reader = _hiredis.Reader(notEnoughData=_NOTHING_YET)
+        self._on_push = on_push
+        self.ended: asyncio.Future[Exception] = self._loop.create_future()
+
+    def say(self, *command: Arg) -> None:
+        """Send a command that is answered by what is told, as SUBSCRIBE is."""
+        if not self.closed:
+            self._transport.write(pack(command))
+
+    def data_received(self, data: bytes) -> None:
+        """Hand on what was told, and hand out answers, in the order in which they came."""
+        reader, calls = self._reader, self._calls
+        try:
+            reader.feed(data)
+            while (answer := reader.gets()) is not _NOTHING_YET:
+                if isinstance(answer, _hiredis.PushNotification):
+                    self._on_push(answer)
+                elif calls:
+                    call = calls[0]
+                    call.answers.append(answer)
+                    if len(call.answers) == call.commands:
+                        calls.popleft()
+                        if not call.answered.done():
+                            call.answered.set_result(call.answers)
+                elif isinstance(answer, hiredis.ReplyError):  # what was said is refused
+                    raise refusal(str(answer))
+                else:
+                    raise ConnectionError(f"an answer that nobody asked for: {answer!r}")
+        except hiredis.ProtocolError as error:
+            self._lose(ConnectionError(f"not an answer of Redis: {error!r}"))
+        except Exception as error:
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        super()._lose(error)
+        if not self.ended.done():
+            self.ended.set_result(error)
 
 
 class Listener:
@@ -51,8 +91,7 @@ class Listener:
         self._on_change = on_change
         self._on_message = on_message
         self._channels = channels
-        self._connection: aioredis.Connection | None = None
-        self._answers: deque[asyncio.Future[Answer]] = deque()
+        self._ear: Ear | None = None
         self.connected = asyncio.Event()
         self._was_connected = False
         self._unconfirmed = 0  # channels whose subscription Redis has not confirmed
@@ -67,61 +106,52 @@ class Listener:
         while True:
             try:
                 async with self._pool.dedicated() as connection:
-                    await self._listen(connection)
+                    await self._listen(Ear(connection, self._told))
             except (BrokerUnavailableError, OSError) as error:
                 log.debug("listening stopped: %s", error)
-            finally:
-                self._disconnected()
             if self._was_connected:
                 pause_s = RECONNECT_S[0]
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, longest_s)
 
-    async def _listen(self, connection: aioredis.Connection) -> None:
+    async def _listen(self, ear: Ear) -> None:
         self._was_connected = False
-        parser: Any = connection._parser  # pyright: ignore[reportPrivateUsage]
-        parser.invalidation_push_handler_func = self._invalidated
-        parser.pubsub_push_handler_func = self._published
+        self._ear = ear
         try:
-            await connection.send_command("CLIENT", "TRACKING", "ON")
-            await connection.read_response()
-            self._connection = connection
+            for answer in await self.read(["CLIENT", "TRACKING", "ON"]):
+                if isinstance(answer, BrokerError):
+                    raise answer
             self._unconfirmed = len(self._channels)
             if self._channels:
-                await connection.send_command("SUBSCRIBE", *self._channels)
+                ear.say("SUBSCRIBE", *self._channels)
             else:
                 self._is_connected()
-            while True:
-                answer = await self._next_answer(connection)
-                if answer is not _PUSHED and self._answers:
-                    future = self._answers.popleft()
-                    if not future.done():
-                        future.set_result(answer)
-        except exceptions.RedisError as error:
-            raise translate(error) from error
+            raise await ear.ended
+        finally:
+            self._ear = None
+            ear.close()
+            if self.connected.is_set():
+                self.connected.clear()
+                self._on_change(None)
 
     def _is_connected(self) -> None:
         self._was_connected = True
         self.connected.set()
         self._on_change(None)
 
-    async def _next_answer(self, connection: Any) -> Answer:
-        try:
-            return await connection.read_response(push_request=True)
-        except exceptions.ResponseError as error:
-            return translate(error)
-
-    def _disconnected(self) -> None:
-        self._connection = None
-        if self.connected.is_set():
-            self.connected.clear()
-            self._on_change(None)
-        while self._answers:
-            future = self._answers.popleft()
-            if not future.done():
-                future.set_result(
-                    ConnectionLostError(ConnectionError("closed"), self._pool.where, sent=True)
-                )
+    def _told(self, push: Sequence[Any]) -> None:
+        match push[0]:
+            case b"invalidate":
+                for key in push[1] or [None]:  # no keys: the whole database was flushed
+                    self._on_change(None if key is None else text(key))
+            case b"subscribe":
+                self._unconfirmed -= 1
+                if not self._unconfirmed:
+                    self._is_connected()
+            case b"message" if self._on_message is not None:
+                self._on_message(text(push[1]), text(push[2]))
+            case _:
+                pass
 
     async def read(self, *commands: Sequence[Arg]) -> list[Answer]:
         """Send reading commands and return their answers; the keys read are listened to.
@@ -131,24 +161,18 @@ class Listener:
         Raises:
             BrokerUnavailableError: the connection is down, or was lost.
         """
-        connection = self._connection
-        if connection is None:
-            raise ConnectionLostError(ConnectionError("down"), self._pool.where, sent=False)
-        loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in commands]
-        self._answers += futures
+        ear, where = self._ear, self._pool.where
+        if ear is None:
+            raise ConnectionLostError(ConnectionError("down"), where, sent=False)
+        packed = b"".join([pack(command) for command in commands])
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await connection.send_packed_command(
-                    [pack(command) for command in commands], check_health=False
-                )
-                answers = [await future for future in futures]
-        except (TimeoutError, OSError, exceptions.RedisError) as error:
-            await connection.disconnect(nowait=True)  # ends the reading loop, which reconnects
-            raise ConnectionLostError(error, self._pool.where, sent=True) from error
-        if lost := next((a for a in answers if isinstance(a, ConnectionLostError)), None):
-            raise lost
-        return answers
+            answers = await ear.call(packed, len(commands))
+        except Exception as error:
+            raise ConnectionLostError(error, where, sent=True) from error
+        return [
+            refusal(str(answer)) if isinstance(answer, hiredis.ReplyError) else answer
+            for answer in answers
+        ]
 
     async def oldest_pending(self, queues: Sequence[str]) -> list[list[bytes]]:
         """Return the ids that each queue gives next, two at most, and listen for changes of that.
@@ -194,20 +218,6 @@ class Listener:
         (seconds, micros), *answers = await self.read(*commands)
         now_s = int(seconds) + int(micros) / 1e6
         return [_next_due_in_s(answers[i : i + 3], now_s) for i in range(0, len(answers), 3)]
-
-    async def _invalidated(self, push: Any) -> object:
-        for key in push[1] or [None]:  # no keys: the whole database was flushed
-            self._on_change(None if key is None else text(key))
-        return _PUSHED
-
-    async def _published(self, push: Any) -> object:
-        if push[0] == b"subscribe":
-            self._unconfirmed -= 1
-            if not self._unconfirmed:
-                self._is_connected()
-        elif push[0] == b"message" and self._on_message is not None:
-            self._on_message(text(push[1]), text(push[2]))
-        return _PUSHED
 
 
 def _next_due_in_s(firsts: Sequence[Answer], now_s: float) -> float | None:

@@ -73,9 +73,9 @@ class QueueKeys:
         """String: the id of the task that holds this uniqueness lock."""
         return f"{self.prefix}unique:{task_type}:{digest}"
 
-    def last(self, server_id: str) -> str:
-        """String: what the last pump call of a server was answered (60 s), for a lost answer."""
-        return f"{self.own_prefix}last:{server_id}"
+    def last(self, hand: str) -> str:
+        """String: what the last pump call of a hand of the pump was answered (60 s)."""
+        return f"{self.own_prefix}last:{hand}"
 
 
 @lru_cache(maxsize=4096)

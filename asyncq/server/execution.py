@@ -93,10 +93,11 @@ class Execution:
             run.cancel(DEADLINE)
         elif left_s < NEAR_S:
             run.timer = loop.call_later(left_s, run.cancel, DEADLINE)
-        if self._batch is None:
-            self._batch = deque()
-            self._begin(self._batch)
-        self._batch.append(run)
+        if self._batch is not None:
+            self._batch.append(run)
+            return
+        self._batch = batch = deque((run,))  # before the task, which an eager factory begins here
+        self._begin(batch)
 
     def _begin(self, batch: deque[Run]) -> None:
         self._create_task(self._sprint(batch))

@@ -51,8 +51,12 @@ class Server:
     `redis` is a URL (default: `ASYNCQ_REDIS_URL`). `queues` maps names to weights: with
     {"critical": 6, "default": 3, "low": 1} and all full, six of ten tasks come from critical;
     with `strict_priority`, none from a queue while a heavier one has tasks. `concurrency` is how
-    many tasks run at once, `queue_concurrency` limits single queues. `shutdown_timeout` (seconds)
-    is how long running handlers have after SIGTERM. `retry_delay`: seconds, or a policy of
+    many tasks run at once, `queue_concurrency` limits single queues. `prefetch` (default 0) is how
+    many more are taken ahead of a free place: they are leased and count as active (and for
+    `queue_concurrency`), wait here though another worker may be free, have their timeout from when
+    they begin, go before heavier tasks that come later with `strict_priority`, and are put back at
+    once when the server stops. `shutdown_timeout` (seconds) is how long running handlers have
+    after SIGTERM. `retry_delay`: seconds, or a policy of
     `asyncq.retry` (default: Asynq's formula). `is_failure(error)` False means a retry that does
     not count. `error_handler(ctx, error)` is told of every failed run, `health_check(error)` of
     every ping of Redis, each `health_check_interval` seconds.

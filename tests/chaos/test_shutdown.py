@@ -73,6 +73,25 @@ async def test_what_was_put_back_runs_in_the_order_it_had(
     assert await queue.pending() == ids
 
 
+@pytest.mark.parametrize("prefetch", [0, 100])
+async def test_sigterm_while_two_calls_bring_tasks(
+    prefetch: int, store_url: str, client: Client, redis: Redis, queue: Queue
+) -> None:
+    """All that was taken and not begun goes back to where it was, each task of it once."""
+    ids = [f"q{i}" for i in range(20_000)]
+    await client.enqueue_many(Task("quick", task_id=i) for i in ids)
+    async with Worker(store_url, "concurrency=64", f"prefetch={prefetch}") as worker:
+        await told(redis, 300)
+        worker.send(signal.SIGTERM)
+        await ends(worker, 8 + SLACK_S)
+    ran = [line.removeprefix("ran ") for line in await told(redis, 0)]
+    assert 300 <= len(ran) == len(set(ran)) < len(ids)
+    left = set(ids) - set(ran)
+    assert await queue.pending() == [i for i in ids if i in left]
+    assert await queue.state() == QueueState(pending=len(left), hashes=len(left))
+    assert await queue.handled() == (len(ran), 0)
+
+
 async def test_a_second_signal_forces(
     store_url: str, client: Client, redis: Redis, queue: Queue
 ) -> None:

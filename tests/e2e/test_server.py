@@ -7,14 +7,16 @@ import gc
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partialmethod
 from typing import Any
 
 import psutil
 import pytest
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from asyncq import (
@@ -30,6 +32,8 @@ from asyncq import (
     Snooze,
     Task,
 )
+from asyncq.proto.asynq_pb2 import ServerInfo
+from asyncq.server.loops.heartbeat import Heartbeat
 from tests.chaos.live import Queue, QueueState, eventually
 from tests.stores import StoreServer
 
@@ -49,9 +53,9 @@ async def no_op(ctx: Context) -> None:
 # Which task comes next
 
 
-@pytest.mark.parametrize("concurrency", [1, 100])
+@pytest.mark.parametrize(("concurrency", "prefetch"), [(1, 0), (100, 0), (1, 9), (10, 100)])
 async def test_full_queues_are_served_by_weight(
-    concurrency: int, store_url: str, client: Client
+    concurrency: int, prefetch: int, store_url: str, client: Client
 ) -> None:
     """60, 30 and 10 % of 10,000 tasks, within two points."""
     counts: Counter[str] = Counter()
@@ -67,7 +71,7 @@ async def test_full_queues_are_served_by_weight(
     per_queue = {"high": 6800, "middle": 3800, "low": 1800}  # none runs empty before the end
     for queue, number in per_queue.items():
         await client.enqueue_many(Task("t", queue=queue) for _ in range(number))
-    server = Server(store_url, queues=WEIGHTS, concurrency=concurrency)
+    server = Server(store_url, queues=WEIGHTS, concurrency=concurrency, prefetch=prefetch)
     async with server.running(mux_of(handler)):
         async with asyncio.timeout(60):
             await enough.wait()
@@ -142,6 +146,40 @@ async def test_a_limited_queue_runs_no_more_at_once_and_leaves_room(
         await eventually(lambda: done == {"slow": 60, "default": 60})
     assert most["slow"] == 2
     assert most["default"] >= 8
+
+
+@pytest.mark.parametrize("prefetch", [0, 100])
+async def test_a_limited_queue_is_limited_with_two_calls_under_way(
+    prefetch: int, store_url: str, client: Client, redis: Redis
+) -> None:
+    """Both calls may ask the same queue, and what waits for a place counts as well."""
+    running: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    done: Counter[str] = Counter()
+    taken = 0
+
+    async def handler(ctx: Context) -> None:
+        nonlocal taken
+        running[ctx.queue] += 1
+        most[ctx.queue] = max(most[ctx.queue], running[ctx.queue])
+        if ctx.queue == "slow":
+            taken = max(taken, await redis.llen(Queue(redis, "slow").keys.active))
+        running[ctx.queue] -= 1
+        done[ctx.queue] += 1
+
+    await client.enqueue_many(Task("t", queue="slow") for _ in range(300))
+    await client.enqueue_many(Task("t", queue="default") for _ in range(10_000))
+    server = Server(
+        store_url,
+        queues={"slow": 1, "default": 1},
+        queue_concurrency={"slow": 2},
+        concurrency=64,
+        prefetch=prefetch,
+    )
+    async with server.running(mux_of(handler)):
+        await eventually(lambda: done == {"slow": 300, "default": 10_000}, within_s=60)
+    assert most["slow"] == 2
+    assert taken <= 4  # two that run, and two whose outcomes are on their way
 
 
 async def test_a_paused_queue_waits_and_is_woken(
@@ -504,12 +542,279 @@ async def test_signals_are_given_back(store_url: str) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+# Tasks that are taken ahead
+
+
+class Held:
+    """A mux whose handlers wait until they are let go, one by one or all."""
+
+    def __init__(self) -> None:
+        self.began: list[str] = []
+        self.cancelled: list[str] = []
+        self.all = asyncio.Event()
+        self.mux = mux_of(self._handle)
+        self._go: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def _handle(self, ctx: Context) -> None:
+        self.began.append(ctx.task_id)
+        waits = [asyncio.create_task(e.wait()) for e in (self._go[ctx.task_id], self.all)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            self.cancelled.append(ctx.task_id)
+            raise
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def let_go(self, task_id: str) -> None:
+        self._go[task_id].set()
+
+
+async def test_no_more_run_than_there_are_places_and_a_few_more_are_leased(
+    store_url: str, client: Client, queue: Queue, redis: Redis
+) -> None:
+    held = Held()
+    ids = [f"t{i}" for i in range(10)]
+    await client.enqueue_many(Task("t", task_id=i) for i in ids)
+    async with Server(store_url, concurrency=2, prefetch=3).running(held.mux):
+        await eventually(lambda: _has_taken(queue, 5))
+        assert await queue.pending() == ids[5:]
+        assert (await queue.leases()).keys() == set(ids[:5])
+        assert held.began == ids[:2]
+        for i in range(2, 7):
+            held.let_go(ids[i - 2])
+            await eventually(lambda i=i: held.began == ids[: i + 1])  # type: ignore[misc]
+            await eventually(lambda: _has_taken(queue, 5))
+        held.all.set()
+        await eventually(lambda: _is(queue, QueueState()))
+    assert held.began == ids
+    assert await queue.handled() == (10, 0)
+
+
+async def test_what_waits_keeps_its_lease_and_is_not_shown_as_running(
+    store_url: str,
+    client: Client,
+    queue: Queue,
+    redis: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Heartbeat, "__init__", partialmethod(Heartbeat.__init__, interval_s=0.1))
+    held = Held()
+    await client.enqueue_many(Task("t", task_id=i) for i in "abc")
+    async with Server(store_url, concurrency=1, prefetch=2).running(held.mux):
+        await eventually(lambda: held.began)
+        before = await queue.leases()
+        await redis.zadd(queue.keys.lease, {i: score - 20 for i, score in before.items()}, xx=True)
+
+        async def extended() -> bool:
+            leases = await queue.leases()
+            return leases.keys() == before.keys() and all(
+                leases[task_id] >= score for task_id, score in before.items()
+            )
+
+        await eventually(extended)
+        (key,) = await redis.zrange("asynq:workers", 0, -1)
+        (server,) = await redis.zrange("asynq:servers", 0, -1)
+
+        async def shown() -> bool:
+            return [i.decode() for i in await redis.hkeys(key)] == ["a"]
+
+        await eventually(shown)
+        info = ServerInfo.FromString(await redis.get(server))
+        assert (info.active_worker_count, info.concurrency) == (1, 1)
+        held.let_go("a")
+        await eventually(lambda: held.began == ["a", "b"])
+        held.all.set()
+        await eventually(lambda: _is(queue, QueueState()))
+
+
+async def test_what_waits_and_lost_its_lease_is_not_run_here(
+    store_url: str, client: Client, queue: Queue, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Heartbeat, "__init__", partialmethod(Heartbeat.__init__, interval_s=0.1))
+    held = Held()
+    server = Server(store_url, concurrency=1, prefetch=2)
+    await client.enqueue_many(Task("t", task_id=i) for i in "abc")
+    async with server.running(held.mux):
+        await eventually(lambda: held.began)
+        # As another worker has it, whose lease will not end while we look.
+        await redis.zadd(queue.keys.lease, {"b": 4_000_000_000}, xx=True)
+        assert server._parts is not None
+        (waiting,) = server._parts.in_flight.find("b")
+        await eventually(lambda: waiting.cancel_reason == "lease lost")
+        held.all.set()
+        await eventually(lambda: held.began == ["a", "c"])
+        await eventually(lambda: _is(queue, QueueState(active=1, lease=1, hashes=1)))
+    assert held.began == ["a", "c"]
+    assert (await queue.leases()) == {"b": 4_000_000_000}
+    assert (await queue.message("b")).retried == 0
+    assert await queue.handled() == (2, 0)
+
+
+async def test_what_waits_behind_a_blocked_event_loop_is_left_to_other_workers(
+    store_url: str, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is what runs there, once it is far past its deadline."""
+    beats, tick = threading.Semaphore(0), Heartbeat.tick
+
+    async def counted(heartbeat: Heartbeat) -> int:
+        extended = await tick(heartbeat)
+        beats.release()
+        return extended
+
+    monkeypatch.setattr(Heartbeat, "__init__", partialmethod(Heartbeat.__init__, interval_s=0.05))
+    monkeypatch.setattr(Heartbeat, "tick", counted)
+    held = Held()
+    await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+    server = Server(store_url, concurrency=1, prefetch=1)
+    looking: Any
+    async with server.running(held.mux):
+        await eventually(lambda: _has_taken(queue, 2))
+        await eventually(lambda: held.began)
+        assert server._parts is not None
+        (running,) = server._parts.in_flight.find("a")
+        with BlockingRedis.from_url(store_url) as looking:  # from here on the loop is blocked
+            running.ends_at -= 10_000
+            for _ in range(2):  # the beat that is under way has seen the deadline as it was
+                assert beats.acquire(timeout=10)
+            lease = queue.keys.lease
+            aged = {i: score - 5 for i, score in looking.zrange(lease, 0, -1, withscores=True)}
+            looking.zadd(lease, aged)
+            while beats.acquire(blocking=False):
+                pass
+            for _ in range(3):
+                assert beats.acquire(timeout=10)
+            assert dict(looking.zrange(lease, 0, -1, withscores=True)) == aged
+        held.all.set()
+        await eventually(lambda: _is(queue, QueueState()))
+    assert held.began == ["a", "b"]
+
+
+@pytest.mark.parametrize("how", ["stop", "shutdown"])
+async def test_what_waits_is_put_back_at_once_in_its_order(
+    how: str, store_url: str, client: Client, queue: Queue
+) -> None:
+    held = Held()
+    ids = [f"t{i}" for i in range(40)]
+    await client.enqueue_many(Task("t", task_id=i) for i in ids)
+    server = Server(store_url, concurrency=2, prefetch=30)
+    async with server.running(held.mux):
+        await eventually(lambda: _has_taken(queue, 32))
+        assert await queue.pending() == ids[32:]
+        closing = asyncio.create_task(server.shutdown()) if how == "shutdown" else None
+        server.stop()
+        await eventually(lambda: _has_taken(queue, 2))  # the two that run, which go on
+        assert await queue.pending() == ids[2:]
+        for task_id in ids[2:]:
+            message = await queue.message(task_id)
+            assert (message.retried, message.error_msg) == (0, "")
+            assert await queue.in_state(task_id) == "pending"
+        held.let_go("t0")
+        await eventually(lambda: _has_taken(queue, 1))
+        held.all.set()
+        if closing is not None:
+            await closing
+    assert held.began == ids[:2]
+    assert await queue.pending() == ids[2:]
+    assert await queue.handled() == (2, 0)
+
+
+async def test_what_runs_and_what_waits_are_put_back_in_their_order(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    held = Held()
+    ids = [f"t{i}" for i in range(40)]
+    await client.enqueue_many(Task("t", task_id=i) for i in ids)
+    server = Server(store_url, concurrency=5, prefetch=30, shutdown_timeout=0)
+    async with server.running(held.mux):
+        await eventually(lambda: _has_taken(queue, 35))
+        for i in (0, 1):
+            held.let_go(ids[i])
+        await eventually(lambda: len(held.began) == 7)
+    assert await queue.pending() == ids[2:]
+    assert await queue.handled() == (2, 0)
+    assert sorted(held.cancelled) == sorted(ids[2:7])
+
+
+@pytest.mark.parametrize(("retry", "kept_in"), [(True, "retry"), (False, "archived")])
+async def test_cancelling_reaches_what_waits(
+    retry: bool, kept_in: str, store_url: str, client: Client, queue: Queue
+) -> None:
+    held = Held()
+    async with Server(store_url, concurrency=1, prefetch=2).running(held.mux):
+        handles = await client.enqueue_many(Task("t", task_id=i) for i in "abc")
+        await eventually(lambda: _has_taken(queue, 3))
+        await handles[1].cancel(retry=retry)
+        # What runs may take hours: it is not waited for.
+        await eventually(lambda: _has(queue, kept_in, "b"), within_s=4)
+        assert (await queue.message("b")).error_msg == "context canceled"
+        held.all.set()
+        await eventually(lambda: held.began == ["a", "c"])
+
+
+async def test_strictly_no_more_lower_tasks_go_first_than_are_taken_ahead(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    held = Held()
+    await client.enqueue_many(Task("t", queue="low", task_id=f"l{i}") for i in range(20))
+    server = Server(
+        store_url,
+        queues={"high": 2, "low": 1},
+        strict_priority=True,
+        concurrency=1,
+        prefetch=3,
+    )
+    async with server.running(held.mux):
+        low = Queue(queue.redis, "low")
+        await eventually(lambda: _has_taken(low, 4))
+        await client.enqueue(Task("t", queue="high", task_id="h"))
+        for i in range(4):
+            held.let_go(f"l{i}")
+        await eventually(lambda: "h" in held.began)
+        held.all.set()
+        await eventually(lambda: len(held.began) == 21)
+    assert held.began[:5] == ["l0", "l1", "l2", "l3", "h"]
+
+
+async def test_the_timeout_of_what_waits_begins_with_its_run(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    held = Held()
+    async with Server(store_url, concurrency=1, prefetch=1).running(held.mux):
+        await client.enqueue(Task("t", task_id="a"))
+        await client.enqueue(Task("t", task_id="b", timeout=1))
+        await eventually(lambda: _has_taken(queue, 2))
+        await asyncio.sleep(1.5)  # longer than it may run
+        held.let_go("a")
+        await eventually(lambda: held.began == ["a", "b"])
+        held.let_go("b")
+        await eventually(lambda: _is(queue, QueueState()))
+    assert not held.cancelled
+    assert await queue.handled() == (2, 0)
+
+
+async def test_draining_waits_for_what_was_taken_ahead(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    await client.enqueue_many(Task("t") for _ in range(500))
+    server = Server(store_url, concurrency=3, prefetch=50)
+    async with server.running(mux_of(no_op)), asyncio.timeout(10):
+        await server.drain()
+        assert await queue.state() == QueueState()
+
+
 def _new_threads(before: set[str]) -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name not in before]
 
 
 async def _is(queue: Queue, state: QueueState) -> bool:
     return await queue.state() == state
+
+
+async def _has_taken(queue: Queue, count: int) -> bool:
+    state = await queue.state()
+    return (state.active, state.lease) == (count, count)
 
 
 async def _has(queue: Queue, zset: str, task_id: str) -> bool:

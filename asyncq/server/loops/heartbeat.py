@@ -152,10 +152,11 @@ class Heartbeat:
         """Extend all leases, then write the records; return the number of runs."""
         runs = list(self._in_flight.runs())
         by_queue: dict[str, list[Run]] = {}
+        alive = [run for run in runs if self._is_alive(run)]
         # What waits for a place would wait for ever behind a run that blocks the event loop.
-        blocked = not all([self._is_alive(run) for run in runs])
-        for run in runs:
-            if not run.given_up and not (blocked and run.waits):
+        blocked = len(alive) < len(runs)
+        for run in alive:
+            if not (blocked and run.waits):
                 by_queue.setdefault(run.lane.queue, []).append(run)
         try:
             await each(by_queue, lambda queue: self._extend(queue, by_queue[queue]))

@@ -21,6 +21,8 @@ log = logging.getLogger("asyncq.server")
 
 RUN_LATER_S: Final = 1.0
 HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the server stops
+HANDS: Final = 2  # with three, the calls are smaller, and cost more than the overlap brings
+PARCELS: Final = 8  # in which places are dealt: one by one, each of many queues costs a call
 WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than it gains
 
 
@@ -59,14 +61,16 @@ class Pump:
         self._in_flight = in_flight
         self._execution = execution
         self._strict = strict
-        self._first, self._second = Hand(server_id), Hand(f"{server_id}.2")
+        self._first, *self._others = self._hands = [
+            Hand(server_id), *(Hand(f"{server_id}.{i}") for i in range(2, HANDS + 1))
+        ]  # fmt: skip
         self._lanes = sorted(in_flight.lanes.values(), key=lambda lane: -lane.weight)
         self._sequences = itertools.count(1)
         self._trouble = Trouble("pump")
         self._refusals: dict[Lane, Trouble] = {}
-        self._half = (in_flight.concurrency + in_flight.prefetch) // 2
+        self._share_of_one = (in_flight.concurrency + in_flight.prefetch) // HANDS
         # Strictly, a second call would take lower tasks while the first asks higher up.
-        self._overlaps = not strict and self._half >= WORTH_OVERLAPPING
+        self._overlaps = not strict and self._share_of_one >= WORTH_OVERLAPPING
         self._backlog = asyncio.Event()  # more is pending than was taken
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
@@ -82,8 +86,8 @@ class Pump:
         """Pump until cancelled. A fetch under way must not be: await `drained` first."""
         async with asyncio.TaskGroup() as hands:
             hands.create_task(self._work())
-            if self._overlaps:
-                hands.create_task(self._help())
+            for other in self._others if self._overlaps else ():
+                hands.create_task(self._help(other))
 
     async def _work(self) -> None:
         while True:
@@ -93,17 +97,17 @@ class Pump:
                     self._quiet.set()
                 await self._in_flight.changed.wait()
 
-    async def _help(self) -> None:
+    async def _help(self, hand: Hand) -> None:
         """Work as well while there is a backlog.
 
         A change that wakes only this hand is not lost when it is left to the first: that one
         looks again when its answer comes.
         """
         while True:
-            if not self._second.unanswered:
+            if not hand.unanswered:
                 await self._backlog.wait()
             self._in_flight.changed.clear()
-            if not await self._turn(self._second):
+            if not await self._turn(hand):
                 await self._in_flight.changed.wait()
             elif self._stopping.is_set():
                 self._in_flight.changed.set()  # the first hand waits for what this one brought
@@ -142,9 +146,9 @@ class Pump:
     def _requests(self, hand: Hand) -> dict[Lane, Request]:
         places = self._places()
         if self._backlog.is_set() and self._overlaps:
-            places = min(places, self._half)
+            places = min(places, self._share_of_one)
         worth = places + self._in_flight.unsaved() >= WORTH_OVERLAPPING
-        if hand is self._second and not hand.unanswered and not worth:
+        if hand is not self._first and not hand.unanswered and not worth:
             return {}
         wants = self._share(hand, places)
         requests: dict[Lane, Request] = {}
@@ -159,7 +163,7 @@ class Pump:
         if (not want and not lane.ended) or self._refused(lane):
             return {}
         if self._stopping.is_set() and lane.ended:
-            if self._other(hand).unanswered:  # what that brings is to be put back before
+            if any(other.unanswered for other in self._hands):  # what it brings goes back before
                 return {}
             _last_taken_first(lane.ended)
         request = Request(lane.queue, next(self._sequences), want)
@@ -167,11 +171,8 @@ class Pump:
         lane.turn += want / lane.weight
         return {lane: request}
 
-    def _other(self, hand: Hand) -> Hand:
-        return self._second if hand is self._first else self._first
-
     def _under_way(self) -> list[Request]:
-        return [*self._first.unanswered.values(), *self._second.unanswered.values()]
+        return [request for hand in self._hands for request in hand.unanswered.values()]
 
     def _refused(self, lane: Lane) -> bool:
         return lane.refused_until > asyncio.get_running_loop().time()
@@ -182,13 +183,11 @@ class Pump:
         return self._in_flight.free - sum(request.want for request in self._under_way())
 
     def _room(self, lane: Lane, places: int) -> int:
-        hands = (self._first, self._second)
-        return lane.room(
-            places, sum(h.unanswered[lane].want for h in hands if lane in h.unanswered)
-        )
+        asked = sum(hand.unanswered[lane].want for hand in self._hands if lane in hand.unanswered)
+        return lane.room(places, asked)
 
     def _share(self, hand: Hand, places: int) -> dict[Lane, int]:
-        """Deal places: each goes to the queue that has had the least for its weight."""
+        """Deal places, each parcel to the queue that has had the least for its weight."""
         rooms = {
             lane: min(room, BATCH)
             for lane in self._lanes
@@ -202,14 +201,15 @@ class Pump:
         self._let_rejoin(list(rooms))
         turns = {lane: lane.turn for lane in rooms}
         wants = dict.fromkeys(rooms, 0)
-        for _ in range(places):
+        parcel = -(-places // PARCELS)  # rounded up
+        while places > 0 and turns:
             lane = min(turns, key=turns.__getitem__)
-            wants[lane] += 1
-            turns[lane] += 1 / lane.weight
+            dealt = min(parcel, places, rooms[lane] - wants[lane])
+            places -= dealt
+            wants[lane] += dealt
+            turns[lane] += dealt / lane.weight
             if wants[lane] == rooms[lane]:
                 del turns[lane]
-                if not turns:
-                    break
         return wants
 
     def _let_rejoin(self, lanes: list[Lane]) -> None:

@@ -19,6 +19,12 @@ from asyncq import OptionError, Server
         ({"concurrency": "10"}, "concurrency"),
         ({"concurrency": True}, "concurrency"),
         ({"concurrency": 2**31}, "concurrency"),
+        ({"prefetch": -1}, "prefetch must be a whole number of at least 0"),
+        ({"prefetch": 1.5}, "prefetch"),
+        ({"prefetch": "10"}, "prefetch"),
+        ({"prefetch": True}, "prefetch"),
+        ({"prefetch": None}, "prefetch"),
+        ({"prefetch": 2**31}, "prefetch"),
         ({"queues": {}}, "name at least one"),
         ({"queues": {" ": 1}}, "queue name"),
         ({"queues": {"": 1}}, "queue name"),
@@ -47,6 +53,12 @@ def test_a_value_that_makes_no_sense_is_refused(options: dict[str, Any], says: s
 def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="concurency"):
         Server("redis://localhost", concurency=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def test_nothing_is_taken_ahead_unless_told() -> None:
+    assert Server("redis://localhost").config.prefetch == 0
+    assert Server("redis://localhost", prefetch=0).config.prefetch == 0
+    assert Server("redis://localhost", prefetch=200).config.prefetch == 200
 
 
 def test_durations_are_seconds_or_a_timedelta() -> None:

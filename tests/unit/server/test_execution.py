@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from pydantic import BaseModel
 
@@ -18,7 +22,7 @@ from asyncq import Context, Mux, Retry, RevokeTask, SkipRetry, Snooze, Task, cur
 from asyncq.handler import Next
 from asyncq.message import TaskMessage
 from asyncq.outcome import Outcome
-from asyncq.server.execution import WRITE_OFF_S, Execution, error_text
+from asyncq.server.execution import SPRINT_S, WRITE_OFF_S, Execution, error_text
 from asyncq.server.executors import Executors
 from asyncq.server.in_flight import CANCELED, DEADLINE, LEASE_LOST, SHUTDOWN, InFlight, Lane, Run
 
@@ -32,8 +36,10 @@ class Payload(BaseModel):
 class World:
     """An execution of one mux, and the lane it takes messages from."""
 
-    def __init__(self, mux: Mux, **options: Any) -> None:
-        self.in_flight = InFlight({"default": 1}, 10, self._annotate)
+    def __init__(
+        self, mux: Mux, *, concurrency: int = 10, prefetch: int = 0, **options: Any
+    ) -> None:
+        self.in_flight = InFlight({"default": 1}, concurrency, self._annotate, prefetch=prefetch)
         self.in_flight.clock_offset = NOW - time.time()
         self.lane: Lane = self.in_flight.lanes["default"]
         self.execution = Execution(self.in_flight, **options)
@@ -42,12 +48,16 @@ class World:
     async def _annotate(self, queue: str, task_id: str, mark: int, name: str, value: bytes) -> bool:
         return True
 
-    def start(self, now: float = NOW, **fields: Any) -> Run:
-        """Begin a run of a message."""
+    def begin(self, now: float = NOW, **fields: Any) -> str:
+        """Begin a run of a message, and return its id."""
         defaults = {"id": "a", "type": "t", "queue": "default", "retry": 25, "timeout": 1800}
         message = TaskMessage(**{**defaults, **fields})
         self.execution.start(self.lane, message, 7, now)
-        return self.lane.runs[message.id]
+        return message.id
+
+    def start(self, now: float = NOW, **fields: Any) -> Run:
+        """Begin a run of a message."""
+        return self.lane.runs[self.begin(now, **fields)]
 
     async def outcome(self, **fields: Any) -> Outcome:
         """Run a message to its end and return its outcome."""
@@ -62,6 +72,16 @@ class World:
         assert (task_id, mark) == ("a", 7)
         self.lane.ended.clear()
         return outcome
+
+    def batch(self, ids: str, **fields: Any) -> list[Run]:
+        """Begin a run of a message for each letter, all before the event loop comes round."""
+        return [self.start(id=task_id, **fields) for task_id in ids]
+
+    async def kinds(self) -> dict[str, str]:
+        """Wait until nothing runs and return what became of each task, in the order they ended."""
+        async with asyncio.timeout(5):
+            await self.in_flight.idle()
+        return {task_id: outcome.kind for task_id, _, _, outcome in self.lane.ended}
 
 
 def of(handler: Callable[..., Any], **options: Any) -> World:
@@ -85,14 +105,25 @@ def message_of(outcome: Outcome) -> TaskMessage:
 async def waiting(world: World, **fields: Any) -> Run:
     """Start a run and let its handler begin."""
     run = world.start(**fields)
-    for _ in range(3):  # its first step, and the handler's
-        await asyncio.sleep(0)
+    await turns()
     assert run.begun
     return run
 
 
 async def forever(ctx: Context) -> None:
     await asyncio.Event().wait()
+
+
+async def turns() -> None:
+    """Let the event loop come round often enough for handlers to begin, and some to end."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 # Success
@@ -580,3 +611,635 @@ def test_the_text_of_a_signal_without_words_says_what_it_is() -> None:
     assert error_text(RevokeTask()) == "revoke task"
     assert error_text(ValueError()) == "ValueError"
     assert error_text(asyncio.CancelledError()) == CANCELED
+
+
+# Many runs begun at once
+
+
+async def test_runs_that_never_wait_share_a_task_and_end_each_in_its_own_way() -> None:
+    tasks: list[asyncio.Task[Any]] = []
+    seen: list[str] = []
+    raised: dict[str, Exception] = {"b": ValueError("b"), "c": SkipRetry(), "e": Snooze(1)}
+
+    async def handler(ctx: Context) -> None:
+        tasks.append(this_task())
+        seen.append(ctx.task_id)
+        if ctx.task_id in raised:
+            raise raised[ctx.task_id]
+
+    world = of(handler)
+    world.batch("abcdef")
+    kinds = await world.kinds()
+    assert "".join(seen) == "abcdef"
+    assert len(set(tasks)) == 1
+    assert list(kinds.items()) == [
+        ("a", "done"), ("b", "retry"), ("c", "archive"),
+        ("d", "done"), ("e", "snooze"), ("f", "done"),
+    ]  # fmt: skip
+    assert message_of(world.lane.ended[1].outcome).error_msg == "ValueError: b"
+
+
+@pytest.mark.parametrize("waiting_ids", ["a", "b", "bd", "abcdef", "f"])
+async def test_a_handler_that_waits_keeps_its_task_for_itself(waiting_ids: str) -> None:
+    """Once it has waited, no other run begins in its task, now or when it is over."""
+    began: dict[str, asyncio.Task[Any]] = {}
+    waited: list[str] = []
+    go = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        assert this_task() not in [began[other] for other in waited]
+        began[ctx.task_id] = this_task()
+        if ctx.task_id in waiting_ids:
+            waited.append(ctx.task_id)
+            await go.wait()
+            assert this_task() is began[ctx.task_id]
+            assert current_context() is ctx
+
+    world = of(handler)
+    world.batch("abcdef")
+    await turns()
+    assert set(began) == set("abcdef")  # nobody waits for those that wait
+    world.batch("gh")
+    await turns()
+    go.set()
+    assert await world.kinds() == dict.fromkeys("abcdefgh", "done")
+    world.batch("ij")
+    assert set((await world.kinds()).values()) == {"done"}
+    assert len({began[task_id] for task_id in waiting_ids}) == len(waiting_ids)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("concurrency", [1, 10])
+async def test_a_context_variable_does_not_leak_within_a_batch(
+    concurrency: int, waits: bool
+) -> None:
+    secret: ContextVar[str] = ContextVar("secret", default="none")
+    seen: list[str] = []
+
+    async def handler(ctx: Context) -> None:
+        seen.append(secret.get())
+        assert current_context() is ctx
+        secret.set(ctx.task_id)
+        if waits:
+            await asyncio.sleep(0)
+            assert secret.get() == ctx.task_id
+
+    world = of(handler, concurrency=concurrency, prefetch=10)
+    world.batch("abcd")
+    await world.kinds()
+    assert seen == ["none"] * 4
+
+
+async def test_a_context_variable_of_an_error_handler_does_not_leak() -> None:
+    secret: ContextVar[str] = ContextVar("secret", default="none")
+    seen: list[str] = []
+
+    async def note(ctx: Context[Any], error: BaseException) -> None:
+        secret.set(ctx.task_id)
+
+    async def handler(ctx: Context) -> None:
+        seen.append(secret.get())
+        raise ValueError
+
+    world = of(handler, error_handler=note)
+    world.batch("abc")
+    await world.kinds()
+    assert seen == ["none"] * 3
+
+
+async def test_what_surrounds_the_start_is_seen_by_every_handler() -> None:
+    """Such as what the lifespan set: that is no leak."""
+    name: ContextVar[str] = ContextVar("name", default="none")
+    seen: list[str] = []
+
+    async def handler(ctx: Context) -> None:
+        seen.append(name.get())
+        name.set("mine")
+
+    world = of(handler, concurrency=2, prefetch=10)
+    name.set("server")
+    world.batch("abcd")
+    await world.kinds()
+    assert seen == ["server"] * 4
+
+
+async def test_a_context_variable_whose_values_cannot_be_compared_harms_nobody() -> None:
+    class Unequal:
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError("as an array of numpy does")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    value: ContextVar[Unequal] = ContextVar("value")
+    value.set(Unequal())
+    shouts: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, said: shouts.append(said))
+
+    async def handler(ctx: Context) -> None:
+        value.set(Unequal())
+
+    world = of(handler)
+    world.batch("abc")
+    assert await world.kinds() == dict.fromkeys("abc", "done")
+    gc.collect()  # a task whose exception nobody sees says so when it goes
+    assert not shouts
+
+
+@pytest.mark.parametrize("again", ["", "uncancel", "raise", "error handler"])
+async def test_a_handler_that_cancels_its_own_task_cancels_no_other(again: str) -> None:
+    async def handler(ctx: Context) -> None:
+        assert not this_task().cancelling()
+        if ctx.task_id == "b":
+            this_task().cancel()
+            if again == "uncancel":
+                this_task().uncancel()
+            if again == "raise":
+                raise ValueError
+        else:
+            await asyncio.sleep(0)
+
+    async def note(ctx: Context[Any], error: BaseException) -> None:
+        this_task().cancel()
+
+    def fail(ctx: Context[Any], error: BaseException) -> None:
+        this_task().cancel()
+
+    world = of(handler, error_handler=fail if again == "error handler" else note)
+    world.batch("bacd")
+    kinds = await world.kinds()
+    assert kinds.pop("b") == ("retry" if again == "raise" else "done")
+    assert kinds == dict.fromkeys("acd", "done")
+
+
+async def _timeout_unused() -> None:
+    async with asyncio.timeout(60):  # noqa: ASYNC100 - it is not to wait
+        pass
+
+
+async def _timeout_over_at_once() -> None:
+    async with asyncio.timeout(-1):  # noqa: ASYNC100 - it is not to wait
+        pass
+
+
+async def _timeout_hit() -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(-1):
+            await asyncio.sleep(60)
+
+
+async def _timeout_not_caught() -> None:
+    async with asyncio.timeout(0):
+        await asyncio.sleep(60)
+
+
+async def _group_unused() -> None:
+    async with asyncio.TaskGroup():
+        pass
+
+
+async def _group_with_a_child_that_fails() -> None:
+    async def fail() -> None:
+        raise ValueError
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
+        await asyncio.sleep(60)
+
+
+async def _group_left_by_an_error() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.sleep(60))
+        raise ValueError
+
+
+async def _scope_cancelled_unused() -> None:
+    with anyio.CancelScope() as scope:  # noqa: ASYNC100 - it is not to wait
+        scope.cancel()
+
+
+async def _scope_cancelled() -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await anyio.sleep(60)
+
+
+async def _scope_over_at_once() -> None:
+    with anyio.move_on_after(0):
+        await anyio.sleep(60)
+
+
+async def _scope_not_caught() -> None:
+    with anyio.fail_after(0):
+        await anyio.sleep(60)
+
+
+async def _anyio_group_with_a_child_that_fails() -> None:
+    async def fail() -> None:
+        raise ValueError
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(fail)
+
+
+FAIL = (_timeout_not_caught, _group_with_a_child_that_fails, _group_left_by_an_error,
+        _scope_not_caught, _anyio_group_with_a_child_that_fails)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        _timeout_unused, _timeout_over_at_once, _timeout_hit, _group_unused,
+        _scope_cancelled_unused, _scope_cancelled, _scope_over_at_once, *FAIL,
+    ],
+)  # fmt: skip
+async def test_the_scopes_in_one_handler_end_with_it(scope: Callable[[], Awaitable[None]]) -> None:
+    async def handler(ctx: Context) -> None:
+        if ctx.task_id in "bd":
+            await scope()
+        else:
+            assert not this_task().cancelling()
+            await anyio.lowlevel.checkpoint()
+            async with asyncio.timeout(60):
+                await asyncio.sleep(0)
+
+    world = of(handler)
+    world.batch("abcd")
+    world.batch("efgh")
+    kinds = await world.kinds()
+    failed = "retry" if scope in FAIL else "done"
+    assert {kinds.pop("b"), kinds.pop("d")} == {failed}
+    assert kinds == dict.fromkeys("acefgh", "done")
+
+
+async def test_each_handler_and_its_children_find_their_own_context() -> None:
+    children: list[asyncio.Task[None]] = []
+
+    async def child(ctx: Context) -> None:
+        for _ in range(3):
+            assert current_context() is ctx
+            await asyncio.sleep(0)
+
+    async def handler(ctx: Context) -> None:
+        assert current_context() is ctx
+        children.append(asyncio.create_task(child(ctx)))
+        if ctx.task_id in "bd":
+            assert await asyncio.to_thread(current_context) is ctx
+            await asyncio.gather(child(ctx), child(ctx))
+        assert current_context() is ctx
+
+    world = of(handler)
+    world.batch("abcdef")
+    assert await world.kinds() == dict.fromkeys("abcdef", "done")
+    await asyncio.gather(*children)  # some outlive the run they belong to
+    assert len(children) == 6
+
+
+async def test_the_event_loop_gets_its_turn_between_handlers_that_compute() -> None:
+    seen: list[str] = []
+
+    async def handler(ctx: Context) -> None:
+        if not seen:
+            asyncio.get_running_loop().call_soon(seen.append, "the loop")
+        seen.append(ctx.task_id)
+        time.sleep(SPRINT_S)
+
+    world = of(handler)
+    world.batch("abcd")
+    assert await world.kinds() == dict.fromkeys("abcd", "done")
+    assert seen.index("the loop") < seen.index("d")
+    seen.remove("the loop")
+    assert "".join(seen) == "abcd"
+
+
+async def test_a_run_cancelled_before_it_began_spares_the_rest_of_its_batch() -> None:
+    called: list[str] = []
+
+    async def handler(ctx: Context) -> None:
+        called.append(ctx.task_id)
+        if ctx.task_id == "a":
+            runs[3].cancel(LEASE_LOST)  # by a run that is under way
+            runs[0].cancel(SHUTDOWN)  # itself, and it goes on to its end
+
+    world = of(handler)
+    runs = world.batch("abcdef")
+    runs[1].cancel(CANCELED)
+    runs[4].cancel(SHUTDOWN)
+    kinds = await world.kinds()
+    assert "".join(sorted(called)) == "acf"
+    assert kinds == {"a": "done", "b": "retry", "c": "done", "e": "requeue", "f": "done"}
+
+
+async def test_a_cancellation_that_comes_too_late_hits_nobody() -> None:
+    """Not even the run that has the task now which the run that is over had."""
+    entered, go = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def handler(ctx: Context) -> None:
+        tasks.append(this_task())
+        if ctx.task_id == "b":
+            entered.set()
+            await go.wait()
+
+    world = of(handler)
+    over, running = world.batch("ab")
+    await entered.wait()
+    assert tasks[0] is tasks[1]
+    for reason in (CANCELED, DEADLINE, SHUTDOWN, LEASE_LOST):
+        over.cancel(reason)
+    await asyncio.sleep(0)
+    go.set()
+    assert await world.kinds() == {"a": "done", "b": "done"}
+    assert (over.cancel_reason, running.cancel_reason) == (None, None)
+
+
+async def test_the_timer_of_a_run_that_is_over_hits_nobody() -> None:
+    go = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        if ctx.task_id == "b":
+            await go.wait()
+
+    world = of(handler)
+    near = world.start(id="a", timeout=1, now=NOW - 0.95)
+    world.start(id="b")
+    assert near.timer is not None
+    await asyncio.sleep(0.1)
+    go.set()
+    assert await world.kinds() == {"a": "done", "b": "done"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        asyncio.CancelledError(),
+        StopIteration(),
+    ],
+)
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_would_end_a_program_spares_the_rest_of_the_batch(
+    waits: bool, error: BaseException
+) -> None:
+    async def handler(ctx: Context) -> None:
+        if waits:
+            await asyncio.sleep(0)
+        if ctx.task_id == "b":
+            raise error
+
+    world = of(handler)
+    world.batch("abcd")
+    assert await world.kinds() == {"a": "done", "b": "retry", "c": "done", "d": "done"}
+
+
+async def test_an_error_handler_that_waits_holds_up_only_its_own_run() -> None:
+    go = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        if ctx.task_id in "bc":
+            raise ValueError
+        await asyncio.sleep(0)
+
+    async def slow(ctx: Context[Any], error: BaseException) -> None:
+        assert current_context() is ctx
+        await go.wait()
+        assert current_context() is ctx
+
+    world = of(handler, error_handler=slow)
+    world.batch("abcd")
+    await turns()
+    assert {run.message.id for run in world.in_flight.runs()} == {"b", "c"}
+    go.set()
+    assert await world.kinds() == {"a": "done", "d": "done", "b": "retry", "c": "retry"}
+
+
+async def test_a_run_of_a_batch_that_was_written_off_ends_late_and_changes_nothing() -> None:
+    over = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        while ctx.task_id == "b" and not over.is_set():
+            try:
+                await over.wait()
+            except asyncio.CancelledError:
+                pass
+
+    world = of(handler, concurrency=3, prefetch=1)
+    stubborn = world.batch("abcd")[1]
+    await turns()
+    assert [run.message.id for run in world.in_flight.runs()] == ["b"]
+    task = stubborn.task
+    assert task is not None
+    stubborn.cancel(CANCELED)
+    assert stubborn.cancelled_at is not None
+    stubborn.cancelled_at -= WRITE_OFF_S + 1
+    assert world.execution.watch() == 1
+    assert await world.kinds() == {"a": "done", "c": "done", "d": "done", "b": "retry"}
+    successor = world.start(id="b")
+    over.set()
+    await task
+    await world.kinds()
+    assert successor.over
+    assert len(world.lane.ended) == 5
+    assert world.in_flight.running == 0
+
+
+async def test_whoever_cancels_every_task_there_is_stops_no_later_run() -> None:
+    async def handler(ctx: Context) -> None:
+        pass
+
+    world = of(handler)
+    world.batch("ab")
+    for task in asyncio.all_tasks() - {this_task()}:
+        task.cancel()
+    await turns()
+    world.batch("cd")
+    assert {*await world.kinds()} >= {"c", "d"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="there are no eager tasks before 3.12")
+async def test_eager_tasks_change_nothing() -> None:
+    loop: Any = asyncio.get_running_loop()
+    factory: Any = asyncio
+    loop.set_task_factory(factory.eager_task_factory)
+
+    async def handler(ctx: Context) -> None:
+        if ctx.task_id in "bd":
+            await asyncio.sleep(0)
+
+    world = of(handler, concurrency=2, prefetch=10)
+    for task_id in "abcdef":
+        world.begin(id=task_id)  # which may be over at once
+    assert await world.kinds() == dict.fromkeys("abcdef", "done")
+
+
+# Tasks that were taken ahead
+
+
+async def test_what_waits_begins_in_its_order_when_a_place_is_free() -> None:
+    began: list[str] = []
+    go = {task_id: asyncio.Event() for task_id in "abcde"}
+
+    async def handler(ctx: Context) -> None:
+        began.append(ctx.task_id)
+        await go[ctx.task_id].wait()
+
+    world = of(handler, concurrency=2, prefetch=3)
+    runs = world.batch("abcde")
+    for ending, running in (("", "ab"), ("b", "abc"), ("a", "abcd"), ("d", "abcde")):
+        if ending:
+            go[ending].set()
+        await turns()
+        assert "".join(began) == running
+        assert world.in_flight.running == 2
+        assert [run.waits for run in runs] == [i >= len(running) for i in range(5)]
+    for event in go.values():
+        event.set()
+    assert await world.kinds() == dict.fromkeys("badce", "done")
+
+
+async def test_the_timeout_of_what_waits_counts_from_when_it_begins() -> None:
+    deadlines: dict[str, float] = {}
+    go = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        deadlines[ctx.task_id] = ctx.deadline.timestamp()
+        await go.wait()
+
+    world = of(handler, concurrency=1, prefetch=2)
+    _, second, third = (world.start(id=task_id, timeout=10) for task_id in "abc")
+    await turns()
+    world.execution.watch()
+    assert second.timer is None
+    world.in_flight.clock_offset += 1000  # so long it waits
+    go.set()
+    assert await world.kinds() == dict.fromkeys("abc", "done")
+    assert deadlines["a"] == NOW + 10
+    assert deadlines["b"] >= NOW + 1010
+    assert second.started_at >= NOW + 1000
+    assert third.ends_at < asyncio.get_running_loop().time() + 11
+
+
+async def test_a_deadline_may_pass_while_a_task_waits() -> None:
+    called: list[str] = []
+
+    async def handler(ctx: Context) -> None:
+        called.append(ctx.task_id)
+        world.in_flight.clock_offset += 100
+
+    world = of(handler, concurrency=1, prefetch=1)
+    world.start(id="a")
+    world.start(id="b", timeout=0, deadline=int(NOW) + 50)
+    assert await world.kinds() == {"a": "done", "b": "retry"}
+    assert message_of(world.lane.ended[1].outcome).error_msg == DEADLINE
+    assert called == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "final", "kinds"),
+    [
+        (CANCELED, False, {"a": "done", "b": "retry", "c": "done"}),
+        (CANCELED, True, {"a": "done", "b": "archive", "c": "done"}),
+        (LEASE_LOST, False, {"a": "done", "c": "done"}),
+    ],
+)
+async def test_what_is_cancelled_while_it_waits_is_not_called(
+    reason: str, final: bool, kinds: dict[str, str]
+) -> None:
+    called: list[str] = []
+    go = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        called.append(ctx.task_id)
+        await go.wait()
+
+    world = of(handler, concurrency=1, prefetch=2)
+    _, run, _ = world.batch("abc")
+    await turns()
+    run.final = final
+    run.cancel(reason)
+    go.set()
+    assert await world.kinds() == kinds
+    assert called == ["a", "c"]
+    assert world.in_flight.free == 3
+
+
+@pytest.mark.parametrize("reason", [CANCELED, LEASE_LOST])
+async def test_what_is_cancelled_while_it_waits_does_not_wait_for_its_place(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The handlers that run may take hours."""
+    world = of(forever, concurrency=1, prefetch=1)
+    running, run = world.batch("ab")
+    await turns()
+    run.cancel(reason)
+    world.execution.watch()
+    assert run.over
+    assert [ended.outcome.kind for ended in world.lane.ended] == ["retry"] * (reason == CANCELED)
+    assert "ignores its cancellation" not in caplog.text  # it was not called
+    assert not running.over
+    running.cancel(SHUTDOWN)
+    await world.kinds()
+
+
+async def test_a_place_that_is_given_away_goes_to_what_waits() -> None:
+    over = asyncio.Event()
+    began = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        if ctx.task_id == "b":
+            began.set()
+        while ctx.task_id == "a" and not over.is_set():
+            try:
+                await over.wait()
+            except asyncio.CancelledError:
+                pass
+
+    world = of(handler, concurrency=1, prefetch=1)
+    stubborn, _ = world.batch("ab")
+    await turns()
+    task = stubborn.task
+    assert task is not None
+    stubborn.cancel(DEADLINE)
+    assert stubborn.cancelled_at is not None
+    stubborn.cancelled_at -= WRITE_OFF_S + 1
+    world.execution.watch()
+    await asyncio.wait_for(began.wait(), 5)
+    over.set()
+    await task
+    assert await world.kinds() == {"a": "retry", "b": "done"}
+
+
+async def test_what_waits_is_put_back_unrun_the_next_to_be_taken_last() -> None:
+    called: list[str] = []
+    go = asyncio.Event()
+
+    async def handler(ctx: Context) -> None:
+        called.append(ctx.task_id)
+        await go.wait()
+
+    world = of(handler, concurrency=2, prefetch=3)
+    runs = world.batch("abcde")
+    await turns()
+    world.execution.put_back_waiting()
+    world.execution.put_back_waiting()
+    assert [(ended.task_id, ended.outcome.kind) for ended in world.lane.ended] == [
+        ("e", "requeue"), ("d", "requeue"), ("c", "requeue")
+    ]  # fmt: skip
+    assert (world.in_flight.running, world.in_flight.free) == (2, 3)
+    runs[2].cancel(CANCELED)  # it is not ours any more
+    go.set()
+    assert list(await world.kinds()) == ["e", "d", "c", "a", "b"]
+    assert called == ["a", "b"]
+
+
+async def test_a_long_line_of_what_waits_is_no_deep_recursion() -> None:
+    async def handler(ctx: Context) -> None:
+        pass
+
+    number = sys.getrecursionlimit() + 100
+    world = of(handler, concurrency=1, prefetch=number)
+    for i in range(number):
+        world.start(id=str(i))
+    kinds = await world.kinds()
+    assert list(kinds) == [str(i) for i in range(number)]

@@ -1,0 +1,215 @@
+"""Two calls of the pump under way: what becomes of their tasks when both go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from asyncq import Client, Context, Mux, Server, Task
+from asyncq.broker import pipeline
+from asyncq.server.loops.pump import Pump
+from tests.chaos.live import Queue, QueueState, eventually, leaving_nothing
+from tests.chaos.proxy import proxied
+from tests.stores import Database, StoreServer
+
+MANY = 64  # places, so that two calls are worth their while
+
+
+class Ran:
+    """A mux of handlers that never wait, but for "held" ones, and what they were called with."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.mux = Mux()
+
+        @self.mux.task("quick")
+        async def quick(ctx: Context) -> None:
+            self.counts[ctx.task_id] += 1
+
+        @self.mux.task("held")
+        async def held(ctx: Context) -> None:
+            self.counts[ctx.task_id] += 1
+            await asyncio.Event().wait()
+
+
+def pump_of(server: Server) -> Pump:
+    assert server._parts is not None
+    return server._parts.pump
+
+
+async def both_are_under_way(server: Server) -> None:
+    """Wait until two calls are."""
+    pump = pump_of(server)
+    await eventually(lambda: len(pump._under_way()) > 1)  # of one queue, so each is a call
+
+
+async def enqueued(client: Client, number: int, task_type: str = "quick", name: str = "q") -> Any:
+    ids = [f"{name}{i}" for i in range(number)]
+    await client.enqueue_many(Task(task_type, task_id=i) for i in ids)
+    return ids
+
+
+async def all_done(queue: Queue) -> bool:
+    return await queue.state() == QueueState()
+
+
+@pytest.mark.parametrize("prefetch", [0, 200])
+async def test_two_calls_without_an_answer_lose_nothing_and_run_nothing_twice(
+    prefetch: int, redis_server: Callable[..., StoreServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis hangs, is given up, and carries out what it had got when it goes on."""
+    monkeypatch.setattr(pipeline, "CALL_TIMEOUT_S", 0.2)
+    store = redis_server()
+    ran = Ran()
+    server = Server(store.url, concurrency=MANY, prefetch=prefetch)
+    async with Client(store.url) as client, Redis.from_url(store.url) as redis:
+        ids = await enqueued(client, 20_000)
+        async with server.running(ran.mux):
+            for _ in range(3):
+                await both_are_under_way(server)
+                store.pause()
+                await asyncio.sleep(0.5)  # both are given up, and sent again in vain
+                store.resume()
+                count = ran.counts.total()
+                await eventually(lambda count=count: ran.counts.total() > count)  # type: ignore[misc]
+            await eventually(lambda: all_done(Queue(redis)), within_s=30)
+            assert await Queue(redis).handled() == (len(ids), 0)
+    assert ran.counts == Counter(ids)
+
+
+async def test_the_lost_answers_of_two_calls_are_asked_for_again(
+    store: Database, client: Client, queue: Queue
+) -> None:
+    ran = Ran()
+    async with proxied(store) as proxy:
+        server = Server(proxy.url, concurrency=MANY)
+        ids = await enqueued(client, 5000)
+        async with server.running(ran.mux):
+            await both_are_under_way(server)
+            proxy.lose_reply("pump", times=4)
+            await eventually(lambda: all_done(queue), within_s=30)
+            assert proxy.lost == 4
+    assert ran.counts == Counter(ids)
+    assert await queue.handled() == (len(ids), 0)
+
+
+async def test_both_connections_may_be_cut_at_any_time(
+    store: Database, client: Client, queue: Queue
+) -> None:
+    ran = Ran()
+    async with proxied(store) as proxy:
+        server = Server(proxy.url, concurrency=MANY, prefetch=50)
+        ids = await enqueued(client, 10_000)
+        async with server.running(ran.mux):
+            for _ in range(4):
+                await both_are_under_way(server)
+                await proxy.cut()
+                await proxy.start()
+                count = ran.counts.total()
+                await eventually(lambda count=count: ran.counts.total() > count)  # type: ignore[misc]
+            await eventually(lambda: all_done(queue), within_s=30)
+    assert ran.counts == Counter(ids)
+    assert await queue.handled() == (len(ids), 0)
+
+
+@pytest.mark.parametrize("prefetch", [0, 300])
+async def test_what_two_calls_bring_too_late_goes_back_in_its_order(
+    prefetch: int, store_url: str, client: Client, queue: Queue
+) -> None:
+    ran = Ran()
+    ids = await enqueued(client, 20_000)
+    for _ in range(6):
+        server = Server(store_url, concurrency=200, prefetch=prefetch)
+        async with server.running(ran.mux):
+            await both_are_under_way(server)
+            server.stop()
+        assert set(ran.counts.values()) == {1}
+        left = [i for i in ids if i not in ran.counts]
+        assert await queue.pending() == left
+        assert await queue.state() == QueueState(pending=len(left), hashes=len(left))
+    assert await queue.handled() == (len(ran.counts), 0)
+
+
+@pytest.mark.parametrize("prefetch", [0, 100])
+async def test_more_than_one_call_carries_goes_back_in_its_order(
+    prefetch: int, store_url: str, client: Client, queue: Queue
+) -> None:
+    ran = Ran()
+    ids = await enqueued(client, 2000, "held")
+    server = Server(store_url, concurrency=900, prefetch=prefetch, shutdown_timeout=0)
+    async with server.running(ran.mux):
+        await eventually(lambda: len(ran.counts) == 900)
+    assert await queue.pending() == ids
+    assert await queue.state() == QueueState(pending=2000, hashes=2000)
+    assert (await queue.message(ids[0])).retried == 0
+
+
+async def test_a_shutdown_outlives_an_outage_of_both_calls(
+    redis_server: Callable[..., StoreServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "CALL_TIMEOUT_S", 0.2)
+    store = redis_server()
+    ran = Ran()
+    server = Server(store.url, concurrency=MANY, prefetch=100, shutdown_timeout=30)
+    async with Client(store.url) as client, Redis.from_url(store.url) as redis:
+        ids = await enqueued(client, 20_000)
+        async with leaving_nothing(server):
+            await server.start(ran.mux)
+            await both_are_under_way(server)
+            store.pause()
+            closing = asyncio.create_task(server.shutdown())
+            await asyncio.sleep(0.5)
+            store.resume()
+            await closing
+        queue = Queue(redis)
+        left = [i for i in ids if i not in ran.counts]
+        assert await queue.pending() == left
+        assert await queue.state() == QueueState(pending=len(left), hashes=len(left))
+        assert await queue.handled() == (len(ran.counts), 0)
+    assert set(ran.counts.values()) == {1}
+
+
+async def test_draining_while_redis_is_away_does_not_spin(
+    redis_server: Callable[..., StoreServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = redis_server()
+    ran = Ran()
+    server = Server(store.url, concurrency=MANY, prefetch=100, shutdown_timeout=1)
+    turns: Counter[str] = Counter()
+    turn = Pump._turn
+
+    async def counted(pump: Pump, hand: Any) -> int:
+        turns[hand.name] += 1
+        return await turn(pump, hand)
+
+    async with Client(store.url) as client:
+        await enqueued(client, 20_000)
+        async with leaving_nothing(server):
+            await server.start(ran.mux)
+            await both_are_under_way(server)
+            store.kill()
+            monkeypatch.setattr(Pump, "_turn", counted)
+            await server.shutdown()
+    assert turns.total() < 200, turns  # a tenth of a second between two tries, for each
+
+
+async def test_a_burst_after_a_rest_is_taken_by_both_and_the_rest_by_one(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    """The second call comes and goes, and leaves nobody asleep."""
+    ran = Ran()
+    server = Server(store_url, concurrency=MANY)
+    async with server.running(ran.mux):
+        for burst in range(5):
+            ids = await enqueued(client, 1000, name=f"b{burst}.")
+            await eventually(lambda ids=ids: {*ids} <= {*ran.counts})  # type: ignore[misc]
+            for i in range(5):
+                await enqueued(client, 1, name=f"s{burst}.{i}.")
+                await eventually(lambda: all_done(queue))
+    assert set(ran.counts.values()) == {1}
+    assert await queue.handled() == (5 * 1005, 0)
