@@ -18,10 +18,10 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs proto ruff mypy pyright verify-generated
+.PHONY: help demo test check format bench bench-peers docs proto ruff mypy pyright verify-generated
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## watch real tasks flow: a store, a worker, retries, a summary
 	@$(PY) examples/demo.py
@@ -42,8 +42,14 @@ format: $(READY) ## sort imports, format, fix what ruff can fix
 	@$(PY) -m ruff check --fix-only --quiet
 	@$(PY) -m ruff format
 
-bench: $(READY) ## measure against Go Asynq, where Go is installed
-	@$(PY) benchmarks/load.py $(ARGS)
+bench: $(READY) ## measure beside the installed peers (make bench ARGS="--quick")
+	@$(PY) -c 'import matplotlib' 2>/dev/null || \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || \
+	    echo "Without matplotlib there will be no plots; going on." >&2
+	@$(PY) -m benchmarks.load $(ARGS)
+
+bench-peers: $(READY) ## install the peers that bench compares with (make bench-peers ARGS="saq")
+	@$(PY) -m benchmarks.peers $(ARGS)
 
 docs: $(READY) ## hold the docs to what they say: code runs, links lead somewhere
 	@$(PYTEST) -m docs

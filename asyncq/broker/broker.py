@@ -91,10 +91,10 @@ class Request:
         result = b"" if outcome.result is None else b"=" + outcome.result
         self.moves += (outcome.kind, task_id, mark, outcome.at, outcome.message, lock, result)
 
-    def save_from(self, ended: deque[Ended]) -> None:
+    def save_from(self, ended: deque[Ended], most: int = BATCH) -> None:
         """Take and add as many outcomes as go into one call."""
         size = 0
-        while ended and len(self.outcomes) < BATCH and size < BATCH_BYTES:
+        while ended and len(self.outcomes) < min(most, BATCH) and size < BATCH_BYTES:
             one = task_id, mark, lock, outcome = ended.popleft()
             self.outcomes.append(one)
             self.save(task_id, mark, lock, outcome)

@@ -21,6 +21,7 @@ log = logging.getLogger("asyncq.server")
 
 RUN_LATER_S: Final = 1.0
 HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the server stops
+
 HANDS: Final = 2  # with three, the calls are smaller, and cost more than the overlap brings
 PARCELS: Final = 8  # in which places are dealt: one by one, each of many queues costs a call
 WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than it gains
@@ -68,9 +69,9 @@ class Pump:
         self._sequences = itertools.count(1)
         self._trouble = Trouble("pump")
         self._refusals: dict[Lane, Trouble] = {}
-        self._share_of_one = (in_flight.concurrency + in_flight.prefetch) // HANDS
+        self._capacity = in_flight.concurrency + in_flight.prefetch
         # Strictly, a second call would take lower tasks while the first asks higher up.
-        self._overlaps = not strict and self._share_of_one >= WORTH_OVERLAPPING
+        self._overlaps = not strict and self._capacity // HANDS >= WORTH_OVERLAPPING
         self._backlog = asyncio.Event()  # more is pending than was taken
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
@@ -91,6 +92,7 @@ class Pump:
 
     async def _work(self) -> None:
         while True:
+            await _let_begin()
             self._in_flight.changed.clear()
             if not await self.tick():
                 if not self._under_way():
@@ -106,6 +108,7 @@ class Pump:
         while True:
             if not hand.unanswered:
                 await self._backlog.wait()
+            await _let_begin()
             self._in_flight.changed.clear()
             if not await self._turn(hand):
                 await self._in_flight.changed.wait()
@@ -144,9 +147,7 @@ class Pump:
         return sent
 
     def _requests(self, hand: Hand) -> dict[Lane, Request]:
-        places = self._places()
-        if self._backlog.is_set() and self._overlaps:
-            places = min(places, self._share_of_one)
+        places = self._part(self._places(), self._capacity // HANDS)
         worth = places + self._in_flight.unsaved() >= WORTH_OVERLAPPING
         if hand is not self._first and not hand.unanswered and not worth:
             return {}
@@ -167,9 +168,16 @@ class Pump:
                 return {}
             _last_taken_first(lane.ended)
         request = Request(lane.queue, next(self._sequences), want)
-        request.save_from(lane.ended)
+        request.save_from(lane.ended, self._part(len(lane.ended), BATCH))
         lane.turn += want / lane.weight
         return {lane: request}
+
+    def _part(self, n: int, most: int) -> int:
+        """What a hand takes of `n`: while there is a backlog, those that are free share it."""
+        if not (self._overlaps and self._backlog.is_set()):
+            return n
+        free = sum(not hand.unanswered for hand in self._hands) or 1
+        return min(n, most, max(WORTH_OVERLAPPING, -(-n // free)))
 
     def _under_way(self) -> list[Request]:
         return [request for hand in self._hands for request in hand.unanswered.values()]
@@ -308,6 +316,11 @@ class Pump:
         message = quarantined(task_id, lane.queue, raw, str(error), int(self._in_flight.now()))
         lane.ended.append(Ended(task_id, mark, "", Outcome("quarantine", 0, message)))
         self._in_flight.changed.set()
+
+
+async def _let_begin() -> None:
+    """Let runs that can begin do so first: to send means to wake Redis, which can take longer."""
+    await asyncio.sleep(0)
 
 
 def _last_taken_first(ended: deque[Ended]) -> None:

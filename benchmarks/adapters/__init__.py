@@ -1,0 +1,1 @@
+"""One adapter a system: what sends its tasks, and what runs them."""
