@@ -46,8 +46,26 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         pipe = asyncio.current_task()
         assert pipe is not None
-        self._pipes.add(pipe)
-        up_reader, up_writer = await asyncio.open_unix_connection(self._upstream)
+        try:
+            if self._server is None:  # cut since the connection was accepted
+                return
+            self._pipes.add(pipe)
+            up = await asyncio.open_unix_connection(self._upstream)
+            await self._pass_on(reader, writer, *up)
+        except asyncio.CancelledError:
+            pass  # cut
+        finally:
+            writer.transport.abort()
+            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+            self._pipes.discard(pipe)
+
+    async def _pass_on(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        up_reader: asyncio.StreamReader,
+        up_writer: asyncio.StreamWriter,
+    ) -> None:
         losing = asyncio.Event()
 
         async def requests() -> None:
@@ -70,17 +88,11 @@ class Proxy:
         both = [asyncio.create_task(requests()), asyncio.create_task(answers())]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            pass  # cut
         finally:
             for half in both:
                 half.cancel()
-            for end in (writer, up_writer):
-                end.transport.abort()
-            await asyncio.gather(
-                *both, writer.wait_closed(), up_writer.wait_closed(), return_exceptions=True
-            )
-            self._pipes.discard(pipe)
+            up_writer.transport.abort()
+            await asyncio.gather(*both, up_writer.wait_closed(), return_exceptions=True)
 
 
 @asynccontextmanager
