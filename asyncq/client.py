@@ -68,7 +68,8 @@ class Client:
         self._max_payload_bytes = max_payload_bytes
         self._middleware: list[EnqueueMiddleware] = []
         self._waiting: dict[str, list[tuple[NewTask, asyncio.Future[AsyncqError | None]]]] = {}
-        self._flushers: dict[str, set[asyncio.Task[None]]] = {}
+        self._flushers: dict[str, set[asyncio.Task[None]]] = {}  # none: one who sends alone
+        self._quiet = asyncio.Event()  # nothing is being sent
         self._ends = Ends(self._broker)
 
     async def open(self) -> None:
@@ -83,7 +84,8 @@ class Client:
     async def close(self) -> None:
         """Finish what is being sent, and disconnect; repeating it does nothing."""
         while self._flushers:
-            await asyncio.gather(*(one for many in self._flushers.values() for one in many))
+            self._quiet.clear()
+            await self._quiet.wait()
         await self._ends.close()
         await self._broker.close()
 
@@ -176,20 +178,34 @@ class Client:
         plan = task.plan(time.time(), options)
         new = self._new(task, plan)
         queue = plan.queue
-        future = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.get(queue)
-        if waiting is None:
-            self._waiting[queue] = waiting = []
-        waiting.append((new, future))
-        if queue not in self._flushers:
-            self._start_flusher(queue)
-        error: AsyncqError | None = await future
+        if queue in self._flushers:
+            future = asyncio.get_running_loop().create_future()
+            self._waiting[queue].append((new, future))
+            error: AsyncqError | None = await future
+        else:
+            error = await self._send_alone(queue, new)
         if error is not None:
             raise error
         return TaskHandle(new.id, queue, self, task.result_codec)
 
+    async def _send_alone(self, queue: str, new: NewTask) -> AsyncqError | None:
+        """Send at once, as nobody is sending: those who come meanwhile leave it to a flusher.
+
+        A flusher for this one as well would cost a fifth of the call.
+        """
+        self._waiting[queue] = []
+        self._flushers[queue] = set()
+        try:
+            (error,) = await self._broker.enqueue(queue, [new])
+        finally:
+            if self._waiting[queue]:
+                self._start_flusher(queue)
+            else:
+                self._end_sending(queue)
+        return error
+
     def _start_flusher(self, queue: str) -> None:
-        flushers = self._flushers.setdefault(queue, set())
+        flushers = self._flushers[queue]
         flushers.add(asyncio.create_task(self._flush(queue, flushers)))
 
     async def _flush(self, queue: str, flushers: set[asyncio.Task[None]]) -> None:
@@ -222,12 +238,16 @@ class Client:
 
     def _end_flusher(self, queue: str, flushers: set[asyncio.Task[None]]) -> None:
         flushers.remove(cast(asyncio.Task[None], asyncio.current_task()))
-        if flushers:
-            return
+        if not flushers:
+            self._end_sending(queue)
+
+    def _end_sending(self, queue: str) -> None:
         del self._flushers[queue]
         for _, future in self._waiting.pop(queue):  # only after a failure is anybody left
             if not future.done():
                 future.set_exception(AsyncqError("the enqueue was not sent: another one failed"))
+        if not self._flushers:
+            self._quiet.set()
 
     async def _enqueue_chunk(self, tasks: list[Task[Any]]) -> list[TaskHandle[Any] | AsyncqError]:
         if self._middleware:

@@ -69,7 +69,7 @@ async def evalsha(url: str, n: int) -> Numbers:
     """One EVALSHA of redis-py after the other, with the bytes of our sequential enqueue."""
     calls = await _enqueue_calls(n + 1)
     redis: Any = aioredis.Redis.from_url(url)
-    await redis.script_load(calls[0].script.text)
+    await redis.script_load(calls[0].call.script.text)
     await redis.execute_command(*calls[0].by_digest)
     commands = [call.by_digest for call in calls[1:]]
     began = time.perf_counter()

@@ -11,9 +11,10 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from asyncq.broker import keys
-from asyncq.broker.connection import ConnectionLostError, Pool, text
+from asyncq.broker.connection import ConnectionLostError, Pool
 from asyncq.broker.keys import queue_keys
-from asyncq.broker.scripts import SCRIPTS, Arg, Command
+from asyncq.broker.resp import Arg, text
+from asyncq.broker.scripts import SCRIPTS, Call, Command
 from asyncq.errors import (
     AsyncqError,
     BrokerError,
@@ -154,11 +155,13 @@ class Broker:
 
         The queue's name is announced each time: another process may have deleted it.
         """
-        k = queue_keys(queue)
         rows: list[Arg] = []
+        special = 0
         for task in tasks:
-            rows += (task.id, task.message, task.extra())
-        enqueue = SCRIPTS["enqueue"](_keys("enqueue", queue), prefix=k.prefix, tasks=rows)
+            extra = task.extra()
+            special += extra != ""
+            rows += (task.id, task.message, extra)
+        enqueue = _script("enqueue", queue)(special=special, tasks=rows)
         try:
             announced, answer = await self.pool.call(["SADD", keys.QUEUES, queue], enqueue)
         except ConnectionLostError as error:
@@ -190,11 +193,7 @@ class Broker:
 
     async def forward(self, queue: str, limit: int = BATCH) -> Forwarded:
         """Move up to `limit` due tasks to pending, or to their group."""
-        moved, next_ms, now_ms = await self._one(
-            SCRIPTS["forward"](
-                _keys("forward", queue), prefix=queue_keys(queue).prefix, limit=limit
-            )
-        )
+        moved, next_ms, now_ms = await self._one(_script("forward", queue)(limit=limit))
         next_in_s = max(0.0, (float(next_ms) - float(now_ms)) / 1000) if next_ms else None
         return Forwarded(moved, next_in_s)
 
@@ -203,21 +202,13 @@ class Broker:
         lost: list[str] = []
         for start in range(0, len(runs), BATCH):
             rows: list[Arg] = [part for run in runs[start : start + BATCH] for part in run]
-            ids = await self._one(
-                SCRIPTS["extend"](
-                    _keys("extend", queue), prefix=queue_keys(queue).prefix, runs=rows
-                )
-            )
+            ids = await self._one(_script("extend", queue)(runs=rows))
             lost += [text(task_id) for task_id in ids]
         return lost
 
     async def expired(self, queue: str, limit: int = BATCH) -> list[Expired]:
         """Find tasks whose run is gone: the lease has ended, or there is none."""
-        found = await self._one(
-            SCRIPTS["expired"](
-                _keys("expired", queue), prefix=queue_keys(queue).prefix, limit=limit
-            )
-        )
+        found = await self._one(_script("expired", queue)(limit=limit))
         return [Expired(text(task_id), score, message) for task_id, score, message in found]
 
     async def recover(
@@ -230,9 +221,7 @@ class Broker:
         rows: list[Arg] = []
         for found, kind, at, message in moves:
             rows += (kind, found.id, found.score, at, message)
-        moved, broken = await self._one(
-            SCRIPTS["recover"](_keys("recover", queue), prefix=queue_keys(queue).prefix, moves=rows)
-        )
+        moved, broken = await self._one(_script("recover", queue)(moves=rows))
         for task_id, error in broken:
             log.error(
                 "task %r of queue %r could not be recovered: %s",
@@ -242,22 +231,14 @@ class Broker:
 
     async def expire_completed(self, queue: str, limit: int = BATCH) -> int:
         """Delete up to `limit` completed tasks whose retention has ended."""
-        deleted: int = await self._one(
-            SCRIPTS["expire"](_keys("expire", queue), prefix=queue_keys(queue).prefix, limit=limit)
-        )
+        deleted: int = await self._one(_script("expire", queue)(limit=limit))
         return deleted
 
     async def annotate(self, queue: str, task_id: str, mark: int, name: str, value: bytes) -> bool:
         """Write a field of a running task; False when the run no longer holds the lease."""
+        task = queue_keys(queue).task(task_id)
         written = await self._one(
-            SCRIPTS["annotate"](
-                _keys("annotate", queue),
-                task=queue_keys(queue).task(task_id),
-                id=task_id,
-                mark=mark,
-                field=name,
-                value=value,
-            )
+            _script("annotate", queue)(task=task, id=task_id, mark=mark, field=name, value=value)
         )
         return bool(written)
 
@@ -273,8 +254,7 @@ class Broker:
         await self._one(
             ["ZADD", keys.SERVERS, expires_at, server],
             ["ZADD", keys.WORKERS, expires_at, workers],
-            SCRIPTS["announce"](
-                {"server": server, "workers": workers},
+            SCRIPTS["announce"].on({"server": server, "workers": workers})(
                 ttl_s=SERVER_TTL_S,
                 info=info,
                 running=[part for worker in running.items() for part in worker],
@@ -307,9 +287,10 @@ class Broker:
 
 
 @lru_cache(maxsize=4096)
-def _keys(script: str, queue: str) -> dict[str, str]:
-    k = queue_keys(queue)
-    return {name: getattr(k, name) for name in SCRIPTS[script].keys if name != "last"}
+def _script(name: str, queue: str, last: str = "") -> Call:
+    script, k = SCRIPTS[name], queue_keys(queue)
+    keys = {key: last if key == "last" else getattr(k, key) for key in script.keys}
+    return script.on(keys, prefix=k.prefix) if "prefix" in script.scalars else script.on(keys)
 
 
 def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqError:
@@ -323,14 +304,9 @@ def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqErr
 
 
 def _pump(server_id: str, request: Request) -> Command:
-    k = queue_keys(request.queue)
-    return SCRIPTS["pump"](
-        _keys("pump", request.queue) | {"last": k.last(server_id)},
-        prefix=k.prefix,
-        sequence=request.sequence,
-        want=request.want,
-        done=request.done,
-        moves=request.moves,
+    last = queue_keys(request.queue).last(server_id)
+    return _script("pump", request.queue, last)(
+        sequence=request.sequence, want=request.want, done=request.done, moves=request.moves
     )
 
 

@@ -18,7 +18,8 @@ from redis.backoff import NoBackoff
 
 from asyncq.broker.embedded import Store, open_store_async
 from asyncq.broker.pipeline import CALL_TIMEOUT_S, Pipeline
-from asyncq.broker.scripts import Arg, Command
+from asyncq.broker.resp import Arg, pack
+from asyncq.broker.scripts import Command
 from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, OptionError
 
 OLDEST_REDIS: Final = (6, 2)  # RPOP with a count, ZMSCORE, ZADD GT, RESP3 tracking
@@ -28,7 +29,6 @@ POOL_SIZE: Final = 16
 _TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
               "MISCONF", "UNBLOCKED", "max number of clients")  # fmt: skip
 
-_hiredis: Any = hiredis  # its stubs know no tuples of several items
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError)
 
 _URL_OPTIONS = {
@@ -207,7 +207,7 @@ class Pool:
     async def _call_on(
         self, pipeline: Pipeline, commands: Sequence[Sequence[Arg] | Command]
     ) -> list[Answer]:
-        packed = [pack(c.by_digest if isinstance(c, Command) else c) for c in commands]
+        packed = [c.packed if isinstance(c, Command) else pack(c) for c in commands]
         try:
             answers = await pipeline.call(b"".join(packed), len(packed))
             for i, answer in enumerate(answers):
@@ -276,26 +276,6 @@ class _NoPermission(BrokerError):
 
 class _NoScript(BrokerError):
     """Redis does not know the script: it was restarted, or its scripts were flushed."""
-
-
-def pack(command: Sequence[Arg]) -> bytes:
-    """Write a command as Redis reads it (redis-py's asyncio connections do it in Python)."""
-    packed: bytes
-    try:
-        packed = _hiredis.pack_command(tuple(command))
-    except UnicodeEncodeError:  # an id that was read from Redis and is no UTF-8, see `text`
-        packed = _hiredis.pack_command(
-            tuple(
-                part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-                for part in command
-            )
-        )
-    return packed
-
-
-def text(raw: bytes) -> str:
-    """Decode what any program may have written, such as an id; `pack` gives the same bytes back."""
-    return raw.decode("utf-8", "surrogateescape")
 
 
 def _parse(url: str) -> tuple[dict[str, Any], str | None]:

@@ -10,10 +10,10 @@ from typing import Any, Final
 import hiredis
 import redis.asyncio as aioredis
 
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, pack, refusal, text
+from asyncq.broker.connection import Answer, ConnectionLostError, Pool, refusal
 from asyncq.broker.keys import SERVERS, queue_keys
 from asyncq.broker.pipeline import Pipeline
-from asyncq.broker.scripts import Arg
+from asyncq.broker.resp import Arg, pack, text
 from asyncq.errors import BrokerError, BrokerUnavailableError
 
 log = logging.getLogger("asyncq.broker")

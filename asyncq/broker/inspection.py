@@ -9,7 +9,7 @@ from typing import Any
 from asyncq.broker import keys
 from asyncq.broker.broker import Broker
 from asyncq.broker.keys import queue_keys
-from asyncq.broker.scripts import Arg
+from asyncq.broker.resp import Arg
 from asyncq.clock import from_unix
 from asyncq.message import TaskMessage, decode
 

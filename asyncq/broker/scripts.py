@@ -21,27 +21,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
-Arg = str | bytes | int
+from asyncq.broker.resp import Arg, pack_parts
+
 Rows = Sequence[Arg]
 """The rows of a list argument, one after the other in one flat sequence."""
+
+
+class Call:
+    """A script on its keys, with the arguments that stay the same: written once, called often."""
+
+    def __init__(self, script: Script, keys: Mapping[str, str], first: Mapping[str, Arg]) -> None:
+        if set(keys) != set(script.keys):
+            raise TypeError(f"{script.name}.lua takes the keys {script.keys}, not {list(keys)}")
+        if list(first) != script.scalars[: len(first)]:
+            raise TypeError(f"{script.name}.lua does not begin with the arguments {list(first)}")
+        self.script = script
+        self.head: list[Arg] = [len(keys), *(keys[name] for name in script.keys), *first.values()]
+        self.packed_head = pack_parts(["EVALSHA", script.digest, *self.head])
+        self._scalars = script.scalars[len(first) :]
+
+    def __call__(self, **arguments: Arg | Rows) -> Command:
+        """Make the call; `arguments` by their names in the header.
+
+        Raises:
+            TypeError: a name is missing, is not in the header, or a list is not in whole rows.
+        """
+        script, given = self.script, cast(dict[str, Any], arguments)
+        try:
+            tail = [given[name] for name in self._scalars]
+            for name, width in script.lists.items():
+                rows, ragged = divmod(len(given[name]), width)
+                if ragged:
+                    raise TypeError(f"{script.name}.lua: a row of {name} has {width} fields")
+                tail.append(rows)
+        except KeyError:
+            raise self._unfit(given) from None
+        if len(given) != len(tail):
+            raise self._unfit(given)
+        for name in script.lists:
+            tail += given[name]
+        return Command(self, tail)
+
+    def _unfit(self, given: Mapping[str, Any]) -> TypeError:
+        takes = sorted([*self._scalars, *self.script.lists])
+        return TypeError(f"{self.script.name}.lua takes the arguments {takes}, not {sorted(given)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
     """A script call, ready to be sent: by its digest first, by its text when Redis lost it."""
 
-    script: Script
+    call: Call
     tail: list[Arg]
 
     @property
+    def packed(self) -> bytes:
+        """The call by its digest, as Redis reads it."""
+        parts = 2 + len(self.call.head) + len(self.tail)
+        return b"*%d\r\n%b%b" % (parts, self.call.packed_head, pack_parts(self.tail))
+
+    @property
     def by_digest(self) -> list[Arg]:
-        return ["EVALSHA", self.script.digest, *self.tail]
+        return ["EVALSHA", self.call.script.digest, *self.call.head, *self.tail]
 
     @property
     def by_text(self) -> list[Arg]:
-        return ["EVAL", self.script.text, *self.tail]
+        return ["EVAL", self.call.script.text, *self.call.head, *self.tail]
 
 
 class Script:
@@ -54,7 +101,6 @@ class Script:
         self.returns = header["RETURNS"]
         self.keys = _names(header["KEYS"])
         self.scalars, self.lists = _arguments(header["ARGV"])
-        self._arguments = {*self.scalars, *self.lists}
         uses = _names(header.get("USES", ""))
         self.text = "\n".join([self._prologue(), *(libraries[library] for library in uses), source])
         self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
@@ -71,30 +117,13 @@ class Script:
             at = f"{name}_at + {name}_n * {width}"
         return "\n".join(lines)
 
-    def __call__(self, keys: Mapping[str, str], **arguments: Arg | Rows) -> Command:
-        """Make the call; `keys` and `arguments` by their names in the header.
+    def on(self, keys: Mapping[str, str], **first: Arg) -> Call:
+        """Fix the keys, by their names in the header, and the `first` of the arguments.
 
         Raises:
-            TypeError: a name is missing, is not in the header, or a list is not in whole rows.
+            TypeError: a key is missing or is not in the header, or these are not the first.
         """
-        if set(keys) != set(self.keys):
-            raise TypeError(f"{self.name}.lua takes the keys {self.keys}, not {list(keys)}")
-        if set(arguments) != self._arguments:
-            raise TypeError(
-                f"{self.name}.lua takes the arguments {sorted(self._arguments)}, "
-                f"not {sorted(arguments)}"
-            )
-        given: dict[str, Any] = arguments
-        tail: list[Arg] = [len(self.keys), *(keys[name] for name in self.keys)]
-        tail += [given[name] for name in self.scalars]
-        for name, width in self.lists.items():
-            rows, ragged = divmod(len(given[name]), width)
-            if ragged:
-                raise TypeError(f"{self.name}.lua: a row of {name} has {width} fields")
-            tail.append(rows)
-        for name in self.lists:
-            tail += given[name]
-        return Command(self, tail)
+        return Call(self, keys, first)
 
 
 def _header(name: str, source: str) -> dict[str, str]:

@@ -19,8 +19,9 @@ import uvloop
 from redis.asyncio import ConnectionPool, Redis
 
 from asyncq.broker import pipeline as module
-from asyncq.broker.connection import Pool, pack
+from asyncq.broker.connection import Pool
 from asyncq.broker.pipeline import Pipeline
+from asyncq.broker.resp import pack
 from tests.chaos.live import eventually
 from tests.stores import Database, StoreServer
 

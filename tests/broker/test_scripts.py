@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from asyncq.broker import scripts
 from asyncq.broker.keys import QueueKeys
+from asyncq.broker.resp import pack
 from asyncq.broker.scripts import SCRIPTS, Script
 from tests.stores import Database
 
@@ -68,12 +69,25 @@ def test_a_call_that_does_not_fit_the_header_is_a_type_error(
     keys: dict[str, str], arguments: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(TypeError, match=says):
-        script()(keys, **arguments)
+        script().on(keys)(**arguments)
 
 
 def test_a_call_is_written_in_the_order_of_the_header() -> None:
-    command = script()({"b": "B", "a": "A"}, rows=["p1", "q1", "p2", "q2"], x="X")
-    assert command.tail == [2, "A", "B", "X", 2, "p1", "q1", "p2", "q2"]
+    rows = ["p1", "q1", "p2", "q2"]
+    keys = {"b": "B", "a": "A"}
+    for command in (script().on(keys)(rows=rows, x="X"), script().on(keys, x="X")(rows=rows)):
+        assert command.by_digest[2:] == [2, "A", "B", "X", 2, "p1", "q1", "p2", "q2"]
+        assert command.packed == pack(command.by_digest)
+
+
+def test_only_the_first_arguments_can_be_fixed() -> None:
+    with pytest.raises(TypeError, match="begin with the arguments"):
+        script().on({"a": "1", "b": "2"}, rows="p")
+
+
+def test_an_argument_that_is_fixed_is_not_given_again() -> None:
+    with pytest.raises(TypeError, match="arguments"):
+        script().on({"a": "1", "b": "2"}, x=1)(x=1, rows=[])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +114,7 @@ async def test_names_mean_the_same_on_both_sides(each_store: Database) -> None:
     echo = script(
         body="return { a, b, x, rows_n, ARGV[rows_at + 1], ARGV[rows_at + 2], ARGV[rows_at + 4] }"
     )
-    command = echo({"a": "A", "b": "B"}, x="X", rows=["p1", "q1", "p2", "q2"])
+    command = echo.on({"a": "A", "b": "B"})(x="X", rows=["p1", "q1", "p2", "q2"])
     async with Redis.from_url(each_store.url) as redis:
         answer = await redis.execute_command(*command.by_text)
         assert answer == [b"A", b"B", b"X", 2, b"p1", b"q1", b"q2"]

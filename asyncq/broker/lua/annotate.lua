@@ -2,7 +2,7 @@
 -- KEYS    lease
 -- ARGV    task, id, mark, field, value
 -- RETURNS 1 written | 0 the lease is no longer held
--- USES    start, lease
+-- USES    lease
 if not holds(redis.call('ZSCORE', lease, id), mark) then
   return 0
 end

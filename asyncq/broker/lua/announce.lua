@@ -2,7 +2,6 @@
 -- KEYS    server, workers
 -- ARGV    ttl_s, info, running[id, worker]
 -- RETURNS 1
--- USES    start
 redis.call('DEL', workers) -- allowed at the memory limit, so the rest is too, see pump
 redis.call('SET', server, info, 'EX', ttl_s)
 for i = 1, running_n do

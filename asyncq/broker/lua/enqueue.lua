@@ -1,10 +1,15 @@
 -- enqueue: puts new tasks on one queue, each at once, at its time or into its group.
 -- KEYS    pending, scheduled, due, groups
--- ARGV    prefix, tasks[id, message, extra]
+-- ARGV    prefix, special, tasks[id, message, extra]
 -- RETURNS {row, 'conflict' | 'duplicate' | 'wrongtype', holder or key}... for what was refused
--- USES    start, types, clock
--- `extra` is '' for a task that is due now, else JSON: at (unix ms), group, lock, lock_s.
-local refusal = wrong_type({ [pending] = 'list', [scheduled] = 'zset', [due] = 'zset', [groups] = 'set' })
+-- USES    types, clock
+-- `extra` is '' for a task that is due now, else JSON: at (unix ms), group, lock, lock_s;
+-- `special` is how many are not ''.
+local kinds = { [pending] = 'list' }
+if special ~= '0' then
+  kinds[scheduled], kinds[due], kinds[groups] = 'zset', 'zset', 'set'
+end
+local refusal = wrong_type(kinds)
 if refusal then
   return refusal
 end
@@ -37,25 +42,37 @@ local function add(id, key, message, extra)
   redis.call('HSET', key, unpack(fields))
 end
 
-local nothing = {}
-for i = 1, tasks_n do
-  local row = tasks_at + (i - 1) * 3
-  local id, message = ARGV[row + 1], ARGV[row + 2]
-  local extra = ARGV[row + 3] == '' and nothing or cjson.decode(ARGV[row + 3])
-  local key = prefix .. 't:' .. id
+-- Adds a special task, or returns why not.
+local function add_special(id, key, message, extra)
   local holder = extra.lock and redis.pcall('GET', extra.lock)
   local exists = redis.call('EXISTS', key) == 1
   -- The lock first, as in Asynq; one that the task itself left behind is its own again.
   if type(holder) == 'table' then
-    refused[#refused + 1] = { i, 'wrongtype', extra.lock }
+    return 'wrongtype', extra.lock
   elseif holder and (exists or holder ~= id) then
-    refused[#refused + 1] = { i, 'duplicate', holder }
+    return 'duplicate', holder
   elseif exists then
-    refused[#refused + 1] = { i, 'conflict', id }
+    return 'conflict', id
   elseif extra.group and wrong_type({ [prefix .. 'g:' .. extra.group] = 'zset' }) then
-    refused[#refused + 1] = { i, 'wrongtype', prefix .. 'g:' .. extra.group }
+    return 'wrongtype', prefix .. 'g:' .. extra.group
+  end
+  add(id, key, message, extra)
+end
+
+for i = 1, tasks_n do
+  local row = tasks_at + (i - 1) * 3
+  local id, message, extra = ARGV[row + 1], ARGV[row + 2], ARGV[row + 3]
+  local key = prefix .. 't:' .. id
+  if extra ~= '' then
+    local reason, holder = add_special(id, key, message, cjson.decode(extra))
+    if reason then
+      refused[#refused + 1] = { i, reason, holder }
+    end
+  elseif redis.call('EXISTS', key) == 1 then
+    refused[#refused + 1] = { i, 'conflict', id }
   else
-    add(id, key, message, extra)
+    redis.call('HSET', key, 'msg', message, 'state', 'pending', 'pending_since', now_ns)
+    now_pending[#now_pending + 1] = id
   end
 end
 if #now_pending > 0 then

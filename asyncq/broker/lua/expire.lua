@@ -2,7 +2,7 @@
 -- KEYS    completed
 -- ARGV    prefix, limit
 -- RETURNS the number deleted
--- USES    start, clock
+-- USES    clock
 local ids = redis.call('ZRANGEBYSCORE', completed, '-inf', integer(now_s), 'LIMIT', 0, limit)
 for _, id in ipairs(ids) do
   redis.call('UNLINK', prefix .. 't:' .. id)

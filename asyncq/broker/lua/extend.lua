@@ -2,7 +2,7 @@
 -- KEYS    lease
 -- ARGV    prefix, runs[id, mark]
 -- RETURNS the ids whose lease is no longer held
--- USES    start, clock, lease
+-- USES    clock, lease
 redis.call('DEL', prefix) -- allowed at the memory limit, see pump
 local ids, lost, extended = {}, {}, {}
 for i = 1, runs_n do

@@ -2,7 +2,7 @@
 -- KEYS    pending, scheduled, retry, due, groups
 -- ARGV    prefix, limit
 -- RETURNS {number moved, unix ms when the next is due or '', unix ms now}
--- USES    start, types, clock
+-- USES    types, clock
 redis.call('DEL', prefix) -- allowed at the memory limit, see pump
 limit = tonumber(limit)
 local moved = 0

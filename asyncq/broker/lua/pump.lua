@@ -4,26 +4,25 @@
 -- ARGV    prefix, sequence, want, done[id, mark], moves[kind, id, mark, at, message, lock, result]
 -- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages,
 --         1 if more was pending than one answer should carry}
--- USES    start, limits, types, clock, lease, counters, moves
+-- USES    limits, types, clock, lease, counters, moves
 -- A write that Redis allows at its memory limit comes first: it lets the rest of the script
 -- write too, so that workers drain a Redis that is full.
 redis.call('DEL', prefix)
 
 -- The last answer was lost on its way: what it took was taken, what it saved was saved.
 local before = redis.call('GET', last)
-if before then
-  local sequence_before, mark_before, refused, broken, ids = unpack(cmsgpack.unpack(before))
-  if sequence_before == sequence then
-    local kept, messages = {}, {}
-    for _, id in ipairs(ids) do
-      local message = redis.call('HGET', prefix .. 't:' .. id, 'msg')
-      if message and holds(redis.call('ZSCORE', lease, id), mark_before) then
-        kept[#kept + 1] = id
-        messages[#messages + 1] = message
-      end
+local tag = sequence .. ' '
+if before and string.sub(before, 1, #tag) == tag then
+  local mark_before, refused, broken, ids = unpack(cmsgpack.unpack(string.sub(before, #tag + 1)))
+  local kept, messages = {}, {}
+  for _, id in ipairs(ids) do
+    local message = redis.call('HGET', prefix .. 't:' .. id, 'msg')
+    if message and holds(redis.call('ZSCORE', lease, id), mark_before) then
+      kept[#kept + 1] = id
+      messages[#messages + 1] = message
     end
-    return { time, mark_before, refused, broken, {}, kept, messages, 0 }
   end
+  return { time, mark_before, refused, broken, {}, kept, messages, 0 }
 end
 
 local refusal = wrong_type({ [pending] = 'list', [active] = 'list', [lease] = 'zset' })
@@ -91,12 +90,13 @@ if done_n > 0 then
   end
 end
 
+local move_as = moves_n > 0 and moves_by_kind()
 for i = 1, moves_n do
   local row = moves_at + (i - 1) * 7
   local id = ARGV[row + 2]
   if holds(redis.call('ZSCORE', lease, id), ARGV[row + 3]) then
     local moved, problem = pcall(
-      moves_by_kind[ARGV[row + 1]], id, prefix .. 't:' .. id,
+      move_as[ARGV[row + 1]], id, prefix .. 't:' .. id,
       ARGV[row + 4], ARGV[row + 5], ARGV[row + 6], ARGV[row + 7])
     if not moved then
       broken[#broken + 1] = { id, type(problem) == 'table' and problem.err or tostring(problem) }
@@ -105,13 +105,15 @@ for i = 1, moves_n do
     refused[#refused + 1] = id
   end
 end
-local counted, problem = pcall(function()
-  trim_archive()
-  count(processed, failed, processed_n, failed_n)
-end)
-if not counted then -- the tasks are where they belong; only what is kept about them is broken
-  broken[#broken + 1] = { '', type(problem) == 'table' and problem.err or tostring(problem) }
+if done_n + moves_n > 0 then
+  local counted, problem = pcall(function()
+    trim_archive()
+    count(processed, failed, processed_n, failed_n)
+  end)
+  if not counted then -- the tasks are where they belong; only what is kept about them is broken
+    broken[#broken + 1] = { '', type(problem) == 'table' and problem.err or tostring(problem) }
+  end
 end
 
-redis.call('SET', last, cmsgpack.pack({ sequence, run_mark, refused, broken, taken }), 'EX', 60)
+redis.call('SET', last, tag .. cmsgpack.pack({ run_mark, refused, broken, taken }), 'EX', 60)
 return { time, run_mark, refused, broken, ghosts, taken, messages, more }

@@ -2,16 +2,17 @@
 -- KEYS    pending, active, lease, scheduled, retry, archived, completed, due, processed, failed
 -- ARGV    prefix, moves[kind, id, score, at, message]
 -- RETURNS {number moved, broken {id, error}...}
--- USES    start, clock, counters, moves
+-- USES    clock, counters, moves
 redis.call('DEL', prefix) -- allowed at the memory limit, see pump
 local moved, broken = 0, {}
+local move_as = moves_by_kind()
 for i = 1, moves_n do
   local row = moves_at + (i - 1) * 5
   local id, score = ARGV[row + 2], ARGV[row + 3]
   if (redis.call('ZSCORE', lease, id) or '') == score then
     local at = ARGV[row + 4] == 'now' and integer(now_ms) or ARGV[row + 4]
     local done, problem = pcall(
-      moves_by_kind[ARGV[row + 1]], id, prefix .. 't:' .. id, at, ARGV[row + 5])
+      move_as[ARGV[row + 1]], id, prefix .. 't:' .. id, at, ARGV[row + 5])
     if done then
       moved = moved + 1
     else

@@ -29,7 +29,7 @@ local function held_by(mark, id, n)
   if not holds(score, mark) then
     return false
   end
-  if not found then
+  if not found and n > 1 then
     found = {}
     for _, other in ipairs(redis.call('ZRANGEBYSCORE', lease, score, score, 'LIMIT', 0, n * 2)) do
       found[other] = true

@@ -56,84 +56,87 @@ local function trim_archive()
   end
 end
 
-local moves_by_kind = {
-  -- Handled, and nothing of it is kept.
-  done = function(id, key, at, message, lock)
-    redis.call('UNLINK', key)
-    release(lock, id)
-    processed_n = processed_n + 1
-    leave_active(id)
-  end,
-
-  -- Handled, and kept with its result until `at`.
-  complete = function(id, key, at, message, lock, result)
-    redis.call('ZADD', completed, at, id)
-    redis.call('HSET', key, 'msg', message, 'state', 'completed')
-    if result ~= '' then
-      redis.call('HSET', key, 'result', string.sub(result, 2))
-    end
-    release(lock, id)
-    processed_n = processed_n + 1
-    leave_active(id)
-  end,
-
-  -- Failed, and to be run again at `at`.
-  retry = function(id, key, at, message)
-    schedule(retry, id, at)
-    redis.call('HSET', key, 'msg', message, 'state', 'retry')
-    processed_n = processed_n + 1
-    failed_n = failed_n + 1
-    leave_active(id)
-  end,
-
-  -- The same, but the failure does not count.
-  retry_uncounted = function(id, key, at, message)
-    schedule(retry, id, at)
-    redis.call('HSET', key, 'msg', message, 'state', 'retry')
-    leave_active(id)
-  end,
-
-  -- Not failed: it asked to be run later.
-  snooze = function(id, key, at, message)
-    schedule(scheduled, id, at)
-    redis.call('HSET', key, 'msg', message, 'state', 'scheduled')
-    leave_active(id)
-  end,
-
-  -- Failed for good.
-  archive = function(id, key, at, message)
-    redis.call('ZADD', archived, integer(now_s), id)
-    redis.call('HSET', key, 'msg', message, 'state', 'archived')
-    processed_n = processed_n + 1
-    failed_n = failed_n + 1
-    archived_n = archived_n + 1
-    leave_active(id)
-  end,
-
-  -- What stands in its hash is no message: archived under one that Go can read, with the
-  -- bytes that were found kept in `raw`.
-  quarantine = function(id, key, at, message)
-    redis.call('HSET', key, 'raw', redis.call('HGET', key, 'msg'))
-    redis.call('ZADD', archived, integer(now_s), id)
-    redis.call('HSET', key, 'msg', message, 'state', 'archived')
-    processed_n = processed_n + 1
-    failed_n = failed_n + 1
-    archived_n = archived_n + 1
-    leave_active(id)
-  end,
-
-  -- Put back unrun or interrupted: next to be taken, no attempt spent.
-  requeue = function(id, key)
-    redis.call('HSET', key, 'state', 'pending', 'pending_since', now_ns)
-    redis.call('RPUSH', pending, id)
-    leave_active(id)
-  end,
-
-  -- Its hash is gone, so there is nothing to run or keep.
-  forget = function(id, key)
-    if redis.pcall('HEXISTS', key, 'msg') == 0 then -- an error: it is no hash
+-- A function, since most calls make no such move, and to make the table costs more than a move.
+local function moves_by_kind()
+  return {
+    -- Handled, and nothing of it is kept.
+    done = function(id, key, at, message, lock)
       redis.call('UNLINK', key)
-    end
-    leave_active(id)
-  end,
-}
+      release(lock, id)
+      processed_n = processed_n + 1
+      leave_active(id)
+    end,
+
+    -- Handled, and kept with its result until `at`.
+    complete = function(id, key, at, message, lock, result)
+      redis.call('ZADD', completed, at, id)
+      redis.call('HSET', key, 'msg', message, 'state', 'completed')
+      if result ~= '' then
+        redis.call('HSET', key, 'result', string.sub(result, 2))
+      end
+      release(lock, id)
+      processed_n = processed_n + 1
+      leave_active(id)
+    end,
+
+    -- Failed, and to be run again at `at`.
+    retry = function(id, key, at, message)
+      schedule(retry, id, at)
+      redis.call('HSET', key, 'msg', message, 'state', 'retry')
+      processed_n = processed_n + 1
+      failed_n = failed_n + 1
+      leave_active(id)
+    end,
+
+    -- The same, but the failure does not count.
+    retry_uncounted = function(id, key, at, message)
+      schedule(retry, id, at)
+      redis.call('HSET', key, 'msg', message, 'state', 'retry')
+      leave_active(id)
+    end,
+
+    -- Not failed: it asked to be run later.
+    snooze = function(id, key, at, message)
+      schedule(scheduled, id, at)
+      redis.call('HSET', key, 'msg', message, 'state', 'scheduled')
+      leave_active(id)
+    end,
+
+    -- Failed for good.
+    archive = function(id, key, at, message)
+      redis.call('ZADD', archived, integer(now_s), id)
+      redis.call('HSET', key, 'msg', message, 'state', 'archived')
+      processed_n = processed_n + 1
+      failed_n = failed_n + 1
+      archived_n = archived_n + 1
+      leave_active(id)
+    end,
+
+    -- What stands in its hash is no message: archived under one that Go can read, with the
+    -- bytes that were found kept in `raw`.
+    quarantine = function(id, key, at, message)
+      redis.call('HSET', key, 'raw', redis.call('HGET', key, 'msg'))
+      redis.call('ZADD', archived, integer(now_s), id)
+      redis.call('HSET', key, 'msg', message, 'state', 'archived')
+      processed_n = processed_n + 1
+      failed_n = failed_n + 1
+      archived_n = archived_n + 1
+      leave_active(id)
+    end,
+
+    -- Put back unrun or interrupted: next to be taken, no attempt spent.
+    requeue = function(id, key)
+      redis.call('HSET', key, 'state', 'pending', 'pending_since', now_ns)
+      redis.call('RPUSH', pending, id)
+      leave_active(id)
+    end,
+
+    -- Its hash is gone, so there is nothing to run or keep.
+    forget = function(id, key)
+      if redis.pcall('HEXISTS', key, 'msg') == 0 then -- an error: it is no hash
+        redis.call('UNLINK', key)
+      end
+      leave_active(id)
+    end,
+  }
+end

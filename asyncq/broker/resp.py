@@ -1,0 +1,38 @@
+"""Redis's protocol: how a command is written, and how what any program may have written is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import hiredis
+
+_hiredis: Any = hiredis  # its stubs know no tuples of several items
+
+Arg: TypeAlias = str | bytes | int
+
+
+def pack(command: Sequence[Arg]) -> bytes:
+    """Write a command as Redis reads it (redis-py's asyncio connections do it in Python)."""
+    packed: bytes
+    try:
+        packed = _hiredis.pack_command(tuple(command))
+    except UnicodeEncodeError:  # an id that was read from Redis and is no UTF-8, see `text`
+        packed = _hiredis.pack_command(
+            tuple(
+                part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+                for part in command
+            )
+        )
+    return packed
+
+
+def pack_parts(parts: Sequence[Arg]) -> bytes:
+    """Write parts of a command, to stand behind others: a command without its count of parts."""
+    packed = pack(parts)
+    return packed[packed.index(b"\n") + 1 :]
+
+
+def text(raw: bytes) -> str:
+    """Decode what any program may have written, such as an id; `pack` gives the same bytes back."""
+    return raw.decode("utf-8", "surrogateescape")
