@@ -110,7 +110,7 @@ class Client:
     async def enqueue(self, task: Task[R], /, **options: Unpack[TaskOptions]) -> TaskHandle[R]:
         """Put a task into its queue; options given here win over the task's own.
 
-        Calls made at the same time travel together, in one script call a queue.
+        Calls that are made while another one is under way travel together, in one script call.
 
         Raises:
             TypeError: an option is unknown.
@@ -196,7 +196,7 @@ class Client:
         self._waiting[queue] = []
         self._flushers[queue] = set()
         try:
-            (error,) = await self._broker.enqueue(queue, [new])
+            (error,) = await self._broker.enqueue(queue, [new], soon=True)
         finally:
             if self._waiting[queue]:
                 self._start_flusher(queue)
@@ -306,8 +306,9 @@ class Client:
             # Held from the time the task is due. Rounded up: Asynq cuts, up to 1 s short.
             wait_s = plan.process_at_s - now if later and plan.process_at_s else 0.0
             lock_s = math.ceil(plan.unique_s + wait_s)
+        new_id = plan.task_id is None
         return NewTask(
-            task_id, task.type, message.SerializeToString(), at_ms, plan.group, lock, lock_s
+            task_id, task.type, message.SerializeToString(), new_id, at_ms, plan.group, lock, lock_s
         )
 
     # By id

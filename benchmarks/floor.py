@@ -14,7 +14,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import redis.asyncio as aioredis
@@ -143,7 +144,7 @@ async def _enqueue_calls(n: int) -> list[Command]:
     calls: list[Command] = []
 
     class Kept:
-        async def call(self, *commands: Sequence[Any] | Command) -> list[Any]:
+        async def call(self, *commands: bytes | Command, soon: bool = False) -> list[Any]:
             calls.extend(command for command in commands if isinstance(command, Command))
             return [[] if isinstance(command, Command) else 1 for command in commands]
 
@@ -151,7 +152,9 @@ async def _enqueue_calls(n: int) -> list[Command]:
     client._broker.pool = Kept()
     kind = TaskType("noop", Welcome)
     for i in range(n):
-        await client.enqueue(kind.new(Welcome(user_id=i, template="default")))
+        # With an id of the caller's own, for else our client makes do without a script.
+        task = kind.new(Welcome(user_id=i, template="default"), task_id=str(uuid.uuid4()))
+        await client.enqueue(task)
     if len(calls) != n:
         raise SystemExit(f"{n} enqueues made {len(calls)} script calls: the client has changed")
     return calls

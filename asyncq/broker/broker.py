@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from asyncq.broker import keys
-from asyncq.broker.connection import ConnectionLostError, Pool
+from asyncq.broker.connection import Answer, Begun, ConnectionLostError, Pool, refusal
 from asyncq.broker.keys import queue_keys
-from asyncq.broker.resp import Arg, text
+from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import SCRIPTS, Call, Command
 from asyncq.errors import (
     AsyncqError,
@@ -33,6 +34,9 @@ BATCH_BYTES: Final = 8 * 1024 * 1024
 SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
 
 
+_MULTI: Final = pack(["MULTI"])
+_EXEC: Final = pack(["EXEC"])
+
 log = logging.getLogger("asyncq.broker")
 
 
@@ -51,12 +55,14 @@ class NewTask:
     """A task to be put on a queue.
 
     `at_ms`: unix milliseconds when it is due, `None` for now. `lock`: the whole key of its
-    uniqueness lock, held for `lock_s` seconds.
+    uniqueness lock, held for `lock_s` seconds. `new_id`: the id was made for it, so that no other
+    task can have it.
     """
 
     id: str
     type: str
     message: bytes
+    new_id: bool = False
     at_ms: int | None = None
     group: str | None = None
     lock: str | None = None
@@ -74,7 +80,8 @@ class Request:
     """What a pump asks of one queue: to save outcomes, and for up to `want` tasks.
 
     A request whose answer was lost is sent again as it is: by `sequence` the script knows it.
-    `outcomes` are those that it saves, for the case that Redis refuses it.
+    `outcomes` are those that it saves, for the case that Redis refuses it. `command` is how it
+    is sent, once it is written, and `begun` its call, if it was sent ahead.
     """
 
     queue: str
@@ -83,6 +90,8 @@ class Request:
     outcomes: list[Ended] = field(default_factory=list[Ended])
     done: list[Arg] = field(default_factory=list[Arg])
     moves: list[Arg] = field(default_factory=list[Arg])
+    command: Command | None = None
+    begun: Begun | None = None
 
     def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
         """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
@@ -150,35 +159,56 @@ class Broker:
         """Close every connection."""
         await self.pool.close()
 
-    async def enqueue(self, queue: str, tasks: Sequence[NewTask]) -> list[AsyncqError | None]:
+    async def enqueue(
+        self, queue: str, tasks: Sequence[NewTask], *, soon: bool = False
+    ) -> list[AsyncqError | None]:
         """Put up to `BATCH` tasks on a queue; the answer tells for each why it was refused.
 
-        The queue's name is announced each time: another process may have deleted it.
+        The queue's name is announced each time: another process may have deleted it. For `soon`
+        see `Pool.call`.
         """
-        rows: list[Arg] = []
-        special = 0
-        for task in tasks:
-            extra = task.extra()
-            special += extra != ""
-            rows += (task.id, task.message, extra)
-        enqueue = _script("enqueue", queue)(special=special, tasks=rows)
+        extras = [task.extra() for task in tasks]
+        special = len(extras) - extras.count("")
         try:
-            announced, answer = await self.pool.call(["SADD", keys.QUEUES, queue], enqueue)
+            if not special and all(task.new_id for task in tasks):
+                announced, *answers = await self.pool.call(*_push(queue, tasks), soon=soon)
+                refused = await self._pushed(queue, tasks, answers)
+            else:
+                rows: list[Arg] = []
+                for task, extra in zip(tasks, extras, strict=True):
+                    rows += (task.id, task.message, extra)
+                enqueue = _script("enqueue", queue)(special=special, tasks=rows)
+                announced, answer = await self.pool.call(_announcement(queue), enqueue, soon=soon)
+                refused = _refusals(queue, tasks, answer)
         except ConnectionLostError as error:
             if not error.sent:
                 return [error] * len(tasks)
             return [EnqueueUncertainError(t.id, queue, str(error.__cause__)) for t in tasks]
         except BrokerError as error:
             return [error] * len(tasks)
-        if isinstance(answer, BrokerError):
-            return [answer] * len(tasks)
-        if isinstance(announced, BrokerError):  # the tasks are in: only lists will not show it
+        if isinstance(announced, BrokerError) and None in refused:  # only lists will not show it
             log.error("queue %r could not be made known: %s", queue, announced)
-        refused: list[AsyncqError | None] = [None] * len(tasks)
-        refusals: list[tuple[int, bytes, bytes]] = answer
-        for row, reason, holder in refusals:
-            refused[row - 1] = _refusal(tasks[row - 1], queue, reason, text(holder))
         return refused
+
+    async def _pushed(
+        self, queue: str, tasks: Sequence[NewTask], answers: list[Answer]
+    ) -> list[AsyncqError | None]:
+        begun, *queued, done = answers
+        if isinstance(begun, BrokerError):  # no transaction for us, so each ran by itself
+            done = queued
+        if isinstance(done, BrokerError):  # nothing was done, and before that it was said why
+            refused = next((one for one in queued if isinstance(one, BrokerError)), done)
+            return [refused] * len(tasks)
+        pushed = done[-1]
+        if isinstance(pushed, int):
+            return [None] * len(tasks)
+        k = queue_keys(queue)
+        if isinstance(done[0], int):  # what is in no list must not stay
+            await self.pool.call(["UNLINK", *(k.task(task.id) for task in tasks)])
+        error = pushed if isinstance(pushed, BrokerError) else refusal(str(pushed))
+        if str(error).startswith("WRONGTYPE"):
+            error = BrokerError(f"WRONGTYPE {k.pending} is no list: another program uses this key")
+        return [error] * len(tasks)
 
     async def pump(
         self, server_id: str, requests: Sequence[Request]
@@ -188,8 +218,31 @@ class Broker:
         Raises:
             BrokerUnavailableError: no answer came; the same requests may be sent again.
         """
-        answers = await self.pool.call(*(_pump(server_id, request) for request in requests))
+        if len(requests) == 1 and (begun := requests[0].begun) is not None:
+            requests[0].begun = None
+            answers = await self.pool.end(begun)
+        else:
+            for request in requests:
+                self.prepare(server_id, request)
+            answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
         return [a if isinstance(a, BrokerError) else _answered(a) for a in answers]
+
+    def prepare(self, server_id: str, request: Request) -> None:
+        """Write a request, to which nothing is added any more, so that it can be sent at once."""
+        if request.command is None:
+            last = queue_keys(request.queue).last(server_id)
+            request.command = _script("pump", request.queue, last)(
+                sequence=request.sequence,
+                want=request.want,
+                done=request.done,
+                moves=request.moves,
+            )
+
+    def begin_pump(self, request: Request) -> bool:
+        """Send a prepared request ahead of `pump`, from a callback; False: not possible now."""
+        assert request.command is not None
+        request.begun = self.pool.begin(request.command)
+        return request.begun is not None
 
     async def forward(self, queue: str, limit: int = BATCH) -> Forwarded:
         """Move up to `limit` due tasks to pending, or to their group."""
@@ -293,6 +346,35 @@ def _script(name: str, queue: str, last: str = "") -> Call:
     return script.on(keys, prefix=k.prefix) if "prefix" in script.scalars else script.on(keys)
 
 
+@lru_cache(maxsize=4096)
+def _announcement(queue: str) -> bytes:
+    return pack(["SADD", keys.QUEUES, queue])
+
+
+def _push(queue: str, tasks: Sequence[NewTask]) -> list[bytes]:
+    """New tasks that need no look at what is there: a transaction costs Redis half of a script.
+
+    As Go's client does, it takes its own clock for `pending_since`, which is only shown.
+    """
+    k, now_ns = queue_keys(queue), time.time_ns()
+    commands = [_announcement(queue), _MULTI]
+    for task in tasks:
+        fields = ("msg", task.message, "state", "pending", "pending_since", now_ns)
+        commands.append(pack(("HSET", k.task(task.id), *fields)))
+    commands += (pack(("LPUSH", k.pending, *[task.id for task in tasks])), _EXEC)
+    return commands
+
+
+def _refusals(queue: str, tasks: Sequence[NewTask], answer: Answer) -> list[AsyncqError | None]:
+    if isinstance(answer, BrokerError):
+        return [answer] * len(tasks)
+    refused: list[AsyncqError | None] = [None] * len(tasks)
+    refusals: list[tuple[int, bytes, bytes]] = answer
+    for row, reason, holder in refusals:
+        refused[row - 1] = _refusal(tasks[row - 1], queue, reason, text(holder))
+    return refused
+
+
 def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqError:
     match reason:
         case b"conflict":
@@ -301,13 +383,6 @@ def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqErr
             return DuplicateTaskError(task.type, queue, holder, task.lock or "")
         case _:
             return BrokerError(f"WRONGTYPE {holder} is no group: another program uses this key")
-
-
-def _pump(server_id: str, request: Request) -> Command:
-    last = queue_keys(request.queue).last(server_id)
-    return _script("pump", request.queue, last)(
-        sequence=request.sequence, want=request.want, done=request.done, moves=request.moves
-    )
 
 
 def _answered(answer: list[Any]) -> Answered:

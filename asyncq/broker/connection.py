@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, Final
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final, NamedTuple, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
@@ -25,6 +27,7 @@ from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, 
 OLDEST_REDIS: Final = (6, 2)  # RPOP with a count, ZMSCORE, ZADD GT, RESP3 tracking
 CONNECT_TIMEOUT_S: Final = 5.0
 POOL_SIZE: Final = 16
+SOON_S: Final = 0.0002  # a Redis that answers within this is near
 
 _TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
               "MISCONF", "UNBLOCKED", "max number of clients")  # fmt: skip
@@ -104,6 +107,28 @@ def _is_refused_login(error: BaseException) -> bool:
     )
 
 
+Commands: TypeAlias = Sequence[Sequence[Arg] | bytes | Command]
+
+
+class Begun(NamedTuple):
+    """A call under way."""
+
+    pipeline: Pipeline
+    commands: Commands
+    answered: asyncio.Future[list[Any]]
+
+
+def _begin(pipeline: Pipeline, commands: Commands) -> Begun:
+    packed = [_packed(command) for command in commands]
+    return Begun(pipeline, commands, pipeline.call(b"".join(packed), len(packed)))
+
+
+def _packed(command: Sequence[Arg] | bytes | Command) -> bytes:
+    if isinstance(command, Command):
+        return command.packed
+    return command if isinstance(command, bytes) else pack(command)
+
+
 class Pool:
     """Connections to one Redis, each used by one call at a time; no call is repeated by itself.
 
@@ -118,7 +143,9 @@ class Pool:
         self._store: Store | None = None
         self._free = asyncio.Semaphore(size)
         self._idle: list[Pipeline] = []  # the last used is taken first
+        self._ahead: set[Pipeline] = set()  # sent by `begin`, and nobody may wait for the answer
         self._open = False
+        self._took_s = math.inf  # the last call that was to be answered soon
 
     async def open(self) -> None:
         """Start the embedded store if the URL names one, and see that Redis answers.
@@ -138,8 +165,13 @@ class Pool:
             raise info
         _check_version(info)
 
-    async def call(self, *commands: Sequence[Arg] | Command) -> list[Answer]:
+    async def call(
+        self, *commands: Sequence[Arg] | bytes | Command, soon: bool = False
+    ) -> list[Answer]:
         """Send commands in one write and return their answers in order, errors among them.
+
+        A command may be packed already. `soon`: the caller does nothing else meanwhile, so that
+        it is worth staying awake for an answer that comes at once.
 
         Raises:
             ConnectionLostError: no answer came; `sent` tells whether the commands may have run.
@@ -149,17 +181,54 @@ class Pool:
         if not commands:
             return []
         async with self._free:
-            pipeline = await self._ready()
-            try:
-                answers = await self._call_on(pipeline, commands)
-            finally:
-                if self._open:
-                    self._idle.append(pipeline)
-                else:
-                    pipeline.close()
-            if any(isinstance(answer, _ReadOnly) for answer in answers):
-                self._forget_primary()
-            return answers
+            begun = _begin(self._take() or await self._connect(), commands)
+            return await self.end(begun, soon=soon)
+
+    def begin(self, command: Command) -> Begun | None:
+        """Send a command from a callback, if a connection is idle; await `end` for the answer.
+
+        It is one call more than the pool has connections for, at worst.
+        """
+        pipeline = self._take() if self._open else None
+        if pipeline is None:
+            return None
+        self._ahead.add(pipeline)
+        return _begin(pipeline, (command,))
+
+    async def end(self, begun: Begun, *, soon: bool = False) -> list[Answer]:
+        """Return the answers to a call that was begun, as `call`, and raise what it raises."""
+        pipeline, commands, answered = begun
+        try:
+            if soon:
+                await self._stay_awake(answered)
+            answers = await self._answers(pipeline, commands, answered)
+        finally:
+            answered.cancel()  # if it has not come, nobody waits for it any more
+            self._ahead.discard(pipeline)
+            if self._open:
+                self._idle.append(pipeline)
+            else:
+                pipeline.close()
+        if any(isinstance(answer, _ReadOnly) for answer in answers):
+            self._forget_primary()
+        return answers
+
+    async def _stay_awake(self, answered: asyncio.Future[list[Any]]) -> None:
+        """Keep the event loop turning while the answer of a Redis that is near is on its way.
+
+        A process that sleeps is woken in about the time that such a Redis takes to answer: with
+        a loop that sleeps, one enqueue after the other took 110 µs each, with one that does not
+        65, for the same CPU time. Nobody else waits: whatever is ready runs in between. Only
+        while calls come back as quickly as that.
+        """
+        began = time.monotonic()
+        if self._took_s < SOON_S:
+            # An event would let the loop sleep.
+            while not answered.done() and time.monotonic() - began < SOON_S:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        with suppress(OSError):  # raised to the caller by the one who looks at the answers
+            await answered
+        self._took_s = time.monotonic() - began
 
     def _forget_primary(self) -> None:
         """After a failover the old primary is a replica: new connections find the new one."""
@@ -178,12 +247,15 @@ class Pool:
                 raise answer
         return answers
 
-    async def _ready(self) -> Pipeline:
+    def _take(self) -> Pipeline | None:
         while self._idle:
             pipeline = self._idle.pop()
             if pipeline.ready():
                 return pipeline
             pipeline.close()
+        return None
+
+    async def _connect(self) -> Pipeline:
         connection = self._new(protocol=2)
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):  # redis-py has none for the login
@@ -204,12 +276,11 @@ class Pool:
                 await connection.disconnect(nowait=True)
         return Pipeline(connection)
 
-    async def _call_on(
-        self, pipeline: Pipeline, commands: Sequence[Sequence[Arg] | Command]
+    async def _answers(
+        self, pipeline: Pipeline, commands: Commands, answered: asyncio.Future[list[Any]]
     ) -> list[Answer]:
-        packed = [c.packed if isinstance(c, Command) else pack(c) for c in commands]
         try:
-            answers = await pipeline.call(b"".join(packed), len(packed))
+            answers = await answered
             for i, answer in enumerate(answers):
                 if isinstance(answer, hiredis.ReplyError):
                     answers[i] = refusal(str(answer))
@@ -247,8 +318,9 @@ class Pool:
     async def close(self) -> None:
         """Close every connection, and leave the embedded store; repeating it does nothing."""
         self._open = False
-        while self._idle:
-            self._idle.pop().close()
+        for pipeline in (*self._idle, *self._ahead):
+            pipeline.close()
+        self._idle.clear()
         if self._store is not None:
             store, self._store = self._store, None
             await asyncio.to_thread(store.close)

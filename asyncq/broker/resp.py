@@ -27,12 +27,6 @@ def pack(command: Sequence[Arg]) -> bytes:
     return packed
 
 
-def pack_parts(parts: Sequence[Arg]) -> bytes:
-    """Write parts of a command, to stand behind others: a command without its count of parts."""
-    packed = pack(parts)
-    return packed[packed.index(b"\n") + 1 :]
-
-
 def text(raw: bytes) -> str:
     """Decode what any program may have written, such as an id; `pack` gives the same bytes back."""
     return raw.decode("utf-8", "surrogateescape")

@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from asyncq.broker.resp import Arg, pack_parts
+from asyncq.broker.resp import Arg, pack
 
 Rows = Sequence[Arg]
 """The rows of a list argument, one after the other in one flat sequence."""
 
 
 class Call:
-    """A script on its keys, with the arguments that stay the same: written once, called often."""
+    """A script on its keys, with the arguments that stay the same: made once, called often."""
 
     def __init__(self, script: Script, keys: Mapping[str, str], first: Mapping[str, Arg]) -> None:
         if set(keys) != set(script.keys):
@@ -39,7 +38,6 @@ class Call:
             raise TypeError(f"{script.name}.lua does not begin with the arguments {list(first)}")
         self.script = script
         self.head: list[Arg] = [len(keys), *(keys[name] for name in script.keys), *first.values()]
-        self.packed_head = pack_parts(["EVALSHA", script.digest, *self.head])
         self._scalars = script.scalars[len(first) :]
 
     def __call__(self, **arguments: Arg | Rows) -> Command:
@@ -50,7 +48,7 @@ class Call:
         """
         script, given = self.script, cast(dict[str, Any], arguments)
         try:
-            tail = [given[name] for name in self._scalars]
+            tail: list[Arg] = [*map(given.__getitem__, self._scalars)]
             for name, width in script.lists.items():
                 rows, ragged = divmod(len(given[name]), width)
                 if ragged:
@@ -62,25 +60,22 @@ class Call:
             raise self._unfit(given)
         for name in script.lists:
             tail += given[name]
-        return Command(self, tail)
+        return Command(self, tail, pack(("EVALSHA", script.digest, *self.head, *tail)))
 
     def _unfit(self, given: Mapping[str, Any]) -> TypeError:
         takes = sorted([*self._scalars, *self.script.lists])
         return TypeError(f"{self.script.name}.lua takes the arguments {takes}, not {sorted(given)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A script call, ready to be sent: by its digest first, by its text when Redis lost it."""
+class Command(NamedTuple):
+    """A script call, ready to be sent: by its digest first, by its text when Redis lost it.
+
+    `packed` is the one by its digest, as Redis reads it.
+    """
 
     call: Call
     tail: list[Arg]
-
-    @property
-    def packed(self) -> bytes:
-        """The call by its digest, as Redis reads it."""
-        parts = 2 + len(self.call.head) + len(self.tail)
-        return b"*%d\r\n%b%b" % (parts, self.call.packed_head, pack_parts(self.tail))
+    packed: bytes
 
     @property
     def by_digest(self) -> list[Arg]:

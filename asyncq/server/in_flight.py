@@ -174,6 +174,7 @@ class Lane:
         self.told = True
         if self.empty:
             self.empty = False
+            self.in_flight.on_wake(self)
             self.in_flight.changed.set()
 
     # Of a hundred idle servers that hear of one push, one gets the task. Were all to ask at
@@ -249,6 +250,7 @@ class InFlight:
         self.lanes = {
             queue: Lane(self, queue, weight, limits.get(queue)) for queue, weight in queues.items()
         }
+        self.on_wake: Callable[[Lane], None] = _nothing  # called before `changed` is set
         self.running = 0
         self.servers = SERVERS_UNKNOWN  # all that Redis knows of, this one among them
         self.waiting: deque[Run] = deque()  # taken ahead, each for the next place that is free
@@ -331,6 +333,10 @@ class InFlight:
     def unsaved(self) -> int:
         """How many outcomes wait to be saved."""
         return sum(len(lane.ended) for lane in self.lanes.values())
+
+
+def _nothing(_: Lane) -> None:
+    pass
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

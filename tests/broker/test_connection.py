@@ -108,6 +108,77 @@ async def test_a_cancelled_call_does_not_give_its_answer_to_the_next(store_url: 
     await pool.close()
 
 
+async def test_one_who_gives_up_waiting_for_a_near_redis_leaves_the_connection_in_step(
+    store_url: str,
+) -> None:
+    pool = Pool(store_url)
+    await pool.open()
+    for i in range(100):
+        for _ in range(2):  # the first shows that Redis is near
+            await pool.call(["PING"], soon=True)
+        cancelled = asyncio.create_task(pool.call(["ECHO", "wrong"], soon=True))
+        for _ in range(i % 7):
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
+        assert await pool.call(["ECHO", str(i)], soon=True) == [str(i).encode()]
+    await pool.close()
+
+
+async def test_waiting_for_a_near_redis_lets_others_run(store_url: str) -> None:
+    pool = Pool(store_url)
+    await pool.open()
+    steps = 0
+
+    async def other() -> None:
+        nonlocal steps
+        while True:
+            steps += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    for _ in range(50):
+        before = steps
+        await pool.call(["PING"], soon=True)
+        assert steps > before
+    task.cancel()
+    await pool.close()
+
+
+async def test_a_call_that_was_begun_is_answered_beside_others(store_url: str) -> None:
+    pool = Pool(store_url)
+    await pool.open()
+    await pool.call(["SCRIPT", "FLUSH"])  # so it is sent a second time, by its text
+    begun = pool.begin(PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v"))
+    assert begun is not None
+    assert await pool.call(["ECHO", "x"]) == [b"x"]
+    assert await pool.end(begun) == [0]
+    await pool.close()
+
+
+async def test_nothing_is_begun_without_a_connection_that_is_free(store_url: str) -> None:
+    script = PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v")
+    pool = Pool(store_url)
+    assert pool.begin(script) is None
+    await pool.open()
+    begun = pool.begin(script)
+    assert begun is not None
+    assert pool.begin(script) is None
+    await pool.end(begun)
+    await pool.close()
+    assert pool.begin(script) is None
+
+
+async def test_a_call_that_nobody_ends_ends_with_the_pool(store_url: str) -> None:
+    pool = Pool(store_url)
+    await pool.open()
+    begun = pool.begin(PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v"))
+    assert begun is not None
+    await pool.close()
+    with pytest.raises(ConnectionLostError):
+        await pool.end(begun)
+
+
 async def test_a_call_whose_answer_is_lost_is_not_repeated(store: Database) -> None:
     async with proxied(store) as proxy, Redis.from_url(store.url) as redis:
         pool = Pool(proxy.url)

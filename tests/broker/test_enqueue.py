@@ -42,9 +42,12 @@ async def keys(queue: Queue) -> set[str]:
     return {key.decode() async for key in queue.redis.scan_iter()}
 
 
-async def test_a_task_is_pending_under_its_message(broker: Broker, queue: Queue) -> None:
+@pytest.mark.parametrize("new_id", [False, True])
+async def test_a_task_is_pending_under_its_message(
+    new_id: bool, broker: Broker, queue: Queue
+) -> None:
     before = time.time()
-    assert await put(broker, NewTask("a", "t", b"message")) == [None]
+    assert await put(broker, NewTask("a", "t", b"message", new_id)) == [None]
     fields = await queue.redis.hgetall(queue.keys.task("a"))
     since = int(fields.pop(b"pending_since"))
     assert fields == {b"msg": b"message", b"state": b"pending"}
@@ -126,6 +129,38 @@ async def test_a_refusal_by_redis_leaves_nothing_behind(
     assert isinstance(error, BrokerError)
     assert "WRONGTYPE" in str(error)
     assert await keys(queue) == {key, "asynq:queues"}
+
+
+@pytest.mark.parametrize("new_id", [False, True])
+async def test_a_pending_of_another_type_is_named_and_nothing_is_left(
+    new_id: bool, broker: Broker, queue: Queue
+) -> None:
+    await queue.redis.set(queue.keys.pending, "x")
+    tasks = [NewTask(i, "t", b"m", new_id) for i in "ab"]
+    for error in await broker.enqueue("default", tasks):
+        assert isinstance(error, BrokerError)
+        assert str(error).startswith(f"WRONGTYPE {queue.keys.pending} is")
+    assert await keys(queue) == {queue.keys.pending, "asynq:queues"}
+
+
+async def test_tasks_with_and_without_an_id_of_their_own_keep_their_order(
+    broker: Broker, queue: Queue
+) -> None:
+    await put(broker, NewTask("a", "t", b"m", new_id=True), NewTask("b", "t", b"m"))
+    await put(broker, NewTask("c", "t", b"m", new_id=True), NewTask("d", "t", b"m", new_id=True))
+    assert await queue.pending() == ["a", "b", "c", "d"]
+
+
+async def test_a_user_without_transactions_can_enqueue(each_store: Database, queue: Queue) -> None:
+    name = f"u{each_store.number}"
+    rights = ("~*", "+@all", "-multi", "-exec")
+    await queue.redis.execute_command("ACL", "SETUSER", name, "on", ">p", *rights)
+    broker = Broker(each_store.url.replace("unix://", f"unix://{name}:p@"))
+    await broker.open()
+    assert await put(broker, NewTask("a", "t", b"m", new_id=True)) == [None]
+    assert await queue.state() == QueueState(pending=1, hashes=1)
+    await broker.close()
+    await queue.redis.execute_command("ACL", "DELUSER", name)
 
 
 async def test_many_at_once_are_each_in_once(broker: Broker, queue: Queue) -> None:

@@ -25,9 +25,13 @@ class Proxy:
         self._pipes: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
-    def lose_reply(self, script: str, times: int = 1) -> None:
-        """Let the next calls of a script reach Redis, and cut the connection before its answer."""
-        self._to_lose += [SCRIPTS[script].digest.encode()] * times
+    def lose_reply(self, call: str, times: int = 1) -> None:
+        """Let the next calls reach Redis, and cut the connection before the answer.
+
+        `call` is the name of a script, or of a command.
+        """
+        name = SCRIPTS[call].digest if call in SCRIPTS else f"\r\n{call}\r\n"
+        self._to_lose += [name.encode()] * times
 
     async def start(self) -> None:
         """Listen."""
@@ -71,7 +75,7 @@ class Proxy:
         async def requests() -> None:
             while data := await reader.read(2**20):
                 # A call fits into one read: the tests send few tasks.
-                if wanted := next((digest for digest in self._to_lose if digest in data), None):
+                if wanted := next((name for name in self._to_lose if name in data), None):
                     self._to_lose.remove(wanted)
                     losing.set()
                 up_writer.write(data)

@@ -219,7 +219,7 @@ async def test_an_enqueue_whose_answer_was_lost_is_uncertain_and_safe_to_repeat(
 ) -> None:
     async with proxied(store) as proxy, Client(proxy.url) as client:
         await client.enqueue(Task("t", task_id="first"))
-        proxy.lose_reply("enqueue")
+        proxy.lose_reply("enqueue", times=2)
         both = await asyncio.gather(
             client.enqueue(Task("t", task_id="a")),
             client.enqueue(Task("t", task_id="b", unique=60)),
@@ -237,6 +237,17 @@ async def test_an_enqueue_whose_answer_was_lost_is_uncertain_and_safe_to_repeat(
             except DuplicateTaskError:
                 pass  # likewise, with its lock
     assert await queue.pending() == ["first", "a", "b"]
+
+
+async def test_an_enqueue_with_an_id_of_its_own_is_uncertain_when_its_answer_was_lost(
+    store: Database, queue: Queue
+) -> None:
+    async with proxied(store) as proxy, Client(proxy.url) as client:
+        first = await client.enqueue(Task("t"))
+        proxy.lose_reply("EXEC")
+        with pytest.raises(EnqueueUncertainError) as caught:
+            await client.enqueue(Task("t"))
+        assert await queue.pending() == [first.id, caught.value.task_id]
 
 
 async def test_a_blocked_event_loop_keeps_its_leases(
