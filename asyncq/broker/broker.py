@@ -6,13 +6,13 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
 from asyncq.broker import keys
-from asyncq.broker.connection import Answer, Begun, ConnectionLostError, Pool, refusal
+from asyncq.broker.connection import Answer, ConnectionLostError, Pool, refusal
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import SCRIPTS, Call, Command
@@ -81,7 +81,7 @@ class Request:
 
     A request whose answer was lost is sent again as it is: by `sequence` the script knows it.
     `outcomes` are those that it saves, for the case that Redis refuses it. `command` is how it
-    is sent, once it is written, and `begun` its call, if it was sent ahead.
+    is sent, once it is written. `ahead`: it was sent by `pump_ahead`, and is not answered.
     """
 
     queue: str
@@ -91,7 +91,7 @@ class Request:
     done: list[Arg] = field(default_factory=list[Arg])
     moves: list[Arg] = field(default_factory=list[Arg])
     command: Command | None = None
-    begun: Begun | None = None
+    ahead: bool = False
 
     def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
         """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
@@ -218,13 +218,9 @@ class Broker:
         Raises:
             BrokerUnavailableError: no answer came; the same requests may be sent again.
         """
-        if len(requests) == 1 and (begun := requests[0].begun) is not None:
-            requests[0].begun = None
-            answers = await self.pool.end(begun)
-        else:
-            for request in requests:
-                self.prepare(server_id, request)
-            answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
+        for request in requests:
+            self.prepare(server_id, request)
+        answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
         return [a if isinstance(a, BrokerError) else _answered(a) for a in answers]
 
     def prepare(self, server_id: str, request: Request) -> None:
@@ -238,11 +234,17 @@ class Broker:
                 moves=request.moves,
             )
 
-    def begin_pump(self, request: Request) -> bool:
-        """Send a prepared request ahead of `pump`, from a callback; False: not possible now."""
+    def pump_ahead(
+        self, request: Request, on_answer: Callable[[Answered | BrokerError], None]
+    ) -> bool:
+        """Send a prepared request from a callback; False: not possible now.
+
+        `on_answer` may get a BrokerUnavailableError: the request may be sent again, as by `pump`.
+        """
         assert request.command is not None
-        request.begun = self.pool.begin(request.command)
-        return request.begun is not None
+        return self.pool.send(
+            request.command, lambda a: on_answer(a if isinstance(a, BrokerError) else _answered(a))
+        )
 
     async def forward(self, queue: str, limit: int = BATCH) -> Forwarded:
         """Move up to `limit` due tasks to pending, or to their group."""

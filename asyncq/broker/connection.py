@@ -6,9 +6,9 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, NamedTuple, TypeAlias
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
@@ -107,20 +107,11 @@ def _is_refused_login(error: BaseException) -> bool:
     )
 
 
-Commands: TypeAlias = Sequence[Sequence[Arg] | bytes | Command]
-
-
-class Begun(NamedTuple):
-    """A call under way."""
-
-    pipeline: Pipeline
-    commands: Commands
-    answered: asyncio.Future[list[Any]]
-
-
-def _begin(pipeline: Pipeline, commands: Commands) -> Begun:
-    packed = [_packed(command) for command in commands]
-    return Begun(pipeline, commands, pipeline.call(b"".join(packed), len(packed)))
+def _translated(answers: list[Any]) -> list[Answer]:
+    for i, answer in enumerate(answers):
+        if isinstance(answer, hiredis.ReplyError):
+            answers[i] = refusal(str(answer))
+    return answers
 
 
 def _packed(command: Sequence[Arg] | bytes | Command) -> bytes:
@@ -143,7 +134,7 @@ class Pool:
         self._store: Store | None = None
         self._free = asyncio.Semaphore(size)
         self._idle: list[Pipeline] = []  # the last used is taken first
-        self._ahead: set[Pipeline] = set()  # sent by `begin`, and nobody may wait for the answer
+        self._ahead: set[Pipeline] = set()  # in use by `send`
         self._open = False
         self._took_s = math.inf  # the last call that was to be answered soon
 
@@ -181,37 +172,42 @@ class Pool:
         if not commands:
             return []
         async with self._free:
-            begun = _begin(self._take() or await self._connect(), commands)
-            return await self.end(begun, soon=soon)
+            pipeline = self._take() or await self._connect()
+            try:
+                answers = await self._call_on(pipeline, commands, soon)
+            finally:
+                self._give_back(pipeline)
+            return answers
 
-    def begin(self, command: Command) -> Begun | None:
-        """Send a command from a callback, if a connection is idle; await `end` for the answer.
+    def send(self, command: Command, on_answer: Callable[[Answer], None]) -> bool:
+        """Send a command from a callback; False: no connection is free for it.
 
-        It is one call more than the pool has connections for, at worst.
+        `on_answer` is called with the answer, or with a BrokerUnavailableError if the command is
+        to be sent again: no answer came, or Redis lost the script. It is one call more than the
+        pool has connections for, at worst.
         """
         pipeline = self._take() if self._open else None
         if pipeline is None:
-            return None
-        self._ahead.add(pipeline)
-        return _begin(pipeline, (command,))
+            return False
 
-    async def end(self, begun: Begun, *, soon: bool = False) -> list[Answer]:
-        """Return the answers to a call that was begun, as `call`, and raise what it raises."""
-        pipeline, commands, answered = begun
-        try:
-            if soon:
-                await self._stay_awake(answered)
-            answers = await self._answers(pipeline, commands, answered)
-        finally:
-            answered.cancel()  # if it has not come, nobody waits for it any more
+        def answered(future: asyncio.Future[list[Any]]) -> None:
             self._ahead.discard(pipeline)
-            if self._open:
-                self._idle.append(pipeline)
-            else:
-                pipeline.close()
-        if any(isinstance(answer, _ReadOnly) for answer in answers):
-            self._forget_primary()
-        return answers
+            if error := future.exception():
+                on_answer(ConnectionLostError(error, self.where, sent=True))
+                return
+            (answer,) = _translated(future.result())
+            self._give_back(pipeline)
+            on_answer(_unavailable(str(answer)) if isinstance(answer, _NoScript) else answer)
+
+        self._ahead.add(pipeline)
+        pipeline.call(command.packed, 1).add_done_callback(answered)
+        return True
+
+    def _give_back(self, pipeline: Pipeline) -> None:
+        if self._open:
+            self._idle.append(pipeline)
+        else:
+            pipeline.close()
 
     async def _stay_awake(self, answered: asyncio.Future[list[Any]]) -> None:
         """Keep the event loop turning while the answer of a Redis that is near is on its way.
@@ -226,8 +222,7 @@ class Pool:
             # An event would let the loop sleep.
             while not answered.done() and time.monotonic() - began < SOON_S:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        with suppress(OSError):  # raised to the caller by the one who looks at the answers
-            await answered
+        await answered
         self._took_s = time.monotonic() - began
 
     def _forget_primary(self) -> None:
@@ -276,22 +271,25 @@ class Pool:
                 await connection.disconnect(nowait=True)
         return Pipeline(connection)
 
-    async def _answers(
-        self, pipeline: Pipeline, commands: Commands, answered: asyncio.Future[list[Any]]
+    async def _call_on(
+        self, pipeline: Pipeline, commands: Sequence[Sequence[Arg] | bytes | Command], soon: bool
     ) -> list[Answer]:
+        packed = [_packed(command) for command in commands]
+        answered = pipeline.call(b"".join(packed), len(packed))
         try:
-            answers = await answered
-            for i, answer in enumerate(answers):
-                if isinstance(answer, hiredis.ReplyError):
-                    answers[i] = refusal(str(answer))
+            if soon:
+                await self._stay_awake(answered)
+            answers = _translated(await answered)
             for i, command in enumerate(commands):
                 # A script that Redis lost is sent again, alone: its neighbours have run.
                 if isinstance(answers[i], _NoScript) and isinstance(command, Command):
-                    (answer,) = await pipeline.call(pack(command.by_text), 1)
-                    is_error = isinstance(answer, hiredis.ReplyError)
-                    answers[i] = refusal(str(answer)) if is_error else answer
+                    answers[i : i + 1] = _translated(await pipeline.call(pack(command.by_text), 1))
         except OSError as error:  # a TimeoutError, too
             raise ConnectionLostError(error, self.where, sent=True) from error
+        finally:
+            answered.cancel()  # if it has not come, nobody waits for it any more
+        if any(isinstance(answer, _ReadOnly) for answer in answers):
+            self._forget_primary()
         return answers
 
     @asynccontextmanager

@@ -174,8 +174,8 @@ class Lane:
         self.told = True
         if self.empty:
             self.empty = False
-            self.in_flight.on_wake(self)
-            self.in_flight.changed.set()
+            if not self.in_flight.hurry(self):
+                self.in_flight.changed.set()
 
     # Of a hundred idle servers that hear of one push, one gets the task. Were all to ask at
     # once, each push would cost Redis a hundred calls. So a lane that asked in vain a few times
@@ -250,7 +250,7 @@ class InFlight:
         self.lanes = {
             queue: Lane(self, queue, weight, limits.get(queue)) for queue, weight in queues.items()
         }
-        self.on_wake: Callable[[Lane], None] = _nothing  # called before `changed` is set
+        self.hurry: Callable[[Lane], bool] = _leave  # whether a lane that wakes is asked already
         self.running = 0
         self.servers = SERVERS_UNKNOWN  # all that Redis knows of, this one among them
         self.waiting: deque[Run] = deque()  # taken ahead, each for the next place that is free
@@ -335,8 +335,8 @@ class InFlight:
         return sum(len(lane.ended) for lane in self.lanes.values())
 
 
-def _nothing(_: Lane) -> None:
-    pass
+def _leave(_: Lane) -> bool:
+    return False
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

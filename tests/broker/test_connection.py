@@ -145,38 +145,52 @@ async def test_waiting_for_a_near_redis_lets_others_run(store_url: str) -> None:
     await pool.close()
 
 
-async def test_a_call_that_was_begun_is_answered_beside_others(store_url: str) -> None:
+SENT = PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v")
+
+
+async def test_a_call_from_a_callback_is_answered_beside_others(store_url: str) -> None:
     pool = Pool(store_url)
     await pool.open()
-    await pool.call(["SCRIPT", "FLUSH"])  # so it is sent a second time, by its text
-    begun = pool.begin(PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v"))
-    assert begun is not None
+    await pool.call(SENT)  # Redis knows the script from here on
+    answers: asyncio.Queue[object] = asyncio.Queue()
+    assert pool.send(SENT, answers.put_nowait)
     assert await pool.call(["ECHO", "x"]) == [b"x"]
-    assert await pool.end(begun) == [0]
+    assert await answers.get() == 0
     await pool.close()
 
 
-async def test_nothing_is_begun_without_a_connection_that_is_free(store_url: str) -> None:
-    script = PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v")
-    pool = Pool(store_url)
-    assert pool.begin(script) is None
-    await pool.open()
-    begun = pool.begin(script)
-    assert begun is not None
-    assert pool.begin(script) is None
-    await pool.end(begun)
-    await pool.close()
-    assert pool.begin(script) is None
-
-
-async def test_a_call_that_nobody_ends_ends_with_the_pool(store_url: str) -> None:
+async def test_a_call_from_a_callback_is_to_be_repeated_when_redis_lost_the_script(
+    store_url: str,
+) -> None:
     pool = Pool(store_url)
     await pool.open()
-    begun = pool.begin(PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v"))
-    assert begun is not None
+    await pool.call(["SCRIPT", "FLUSH"])
+    answers: asyncio.Queue[object] = asyncio.Queue()
+    assert pool.send(SENT, answers.put_nowait)
+    assert isinstance(await answers.get(), BrokerUnavailableError)
+    assert await pool.call(SENT) == [0]
     await pool.close()
-    with pytest.raises(ConnectionLostError):
-        await pool.end(begun)
+
+
+async def test_a_callback_sends_nothing_without_a_connection_that_is_free(store_url: str) -> None:
+    pool = Pool(store_url)
+    answers: asyncio.Queue[object] = asyncio.Queue()
+    assert not pool.send(SENT, answers.put_nowait)
+    await pool.open()
+    assert pool.send(SENT, answers.put_nowait)
+    assert not pool.send(SENT, answers.put_nowait)
+    await answers.get()
+    await pool.close()
+    assert not pool.send(SENT, answers.put_nowait)
+
+
+async def test_a_call_from_a_callback_ends_with_the_pool(store_url: str) -> None:
+    pool = Pool(store_url)
+    await pool.open()
+    answers: asyncio.Queue[object] = asyncio.Queue()
+    assert pool.send(SENT, answers.put_nowait)
+    await pool.close()
+    assert isinstance(await answers.get(), ConnectionLostError)
 
 
 async def test_a_call_whose_answer_is_lost_is_not_repeated(store: Database) -> None:

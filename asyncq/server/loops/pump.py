@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections import deque
+from functools import partial
 from typing import Final
 
 from asyncq.broker.broker import BATCH, Answered, Broker, Request
@@ -77,7 +78,7 @@ class Pump:
         self._quiet = asyncio.Event()  # the last tick found nothing to do
         self._last_served: Lane | None = None
         self._standby: tuple[Lane, Request] | None = None
-        in_flight.on_wake = self._hurry
+        in_flight.hurry = self._hurry
 
     def stop_fetching(self) -> None:
         """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
@@ -119,14 +120,23 @@ class Pump:
             self._broker.prepare(self._first.name, request)
             self._standby = lane, request
 
-    def _hurry(self, lane: Lane) -> None:
+    def _hurry(self, lane: Lane) -> bool:
         """A queue got a task: send what was prepared, if nothing else has changed since."""
-        if self._standby is None or self._in_flight.changed.is_set():
-            return
-        (expected, request), self._standby = self._standby, None
-        if lane is expected and self._broker.begin_pump(request):
+        standby, self._standby = self._standby, None
+        if standby is None or standby[0] is not lane or self._in_flight.changed.is_set():
+            return False
+        _, request = standby
+        request.ahead = self._broker.pump_ahead(request, partial(self._hurried, lane, request))
+        if request.ahead:
             lane.turn += request.want / lane.weight
             self._first.unanswered[lane] = request
+        return request.ahead
+
+    def _hurried(self, lane: Lane, request: Request, answer: Answered | BrokerError) -> None:
+        request.ahead = False
+        if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
+            self._answer(self._first, lane, request, answer)
+        self._in_flight.changed.set()
 
     async def _help(self, hand: Hand) -> None:
         """Work as well while there is a backlog.
@@ -176,8 +186,6 @@ class Pump:
         return sent
 
     def _requests(self, hand: Hand) -> dict[Lane, Request]:
-        if begun := {lane: one for lane, one in hand.unanswered.items() if one.begun is not None}:
-            return begun
         places = self._part(self._places(), self._capacity // HANDS)
         worth = places + self._in_flight.unsaved() >= WORTH_OVERLAPPING
         if hand is not self._first and not hand.unanswered and not worth:
@@ -191,7 +199,7 @@ class Pump:
     def _request(self, hand: Hand, lane: Lane, want: int) -> dict[Lane, Request]:
         """What to ask of one queue, if anything; an unanswered request goes first, as it is."""
         if again := hand.unanswered.get(lane):
-            return {lane: again}
+            return {} if again.ahead else {lane: again}
         if (not want and not lane.ended) or self._refused(lane):
             return {}
         if self._stopping.is_set() and lane.ended:
@@ -272,15 +280,19 @@ class Pump:
             answers = [error] * len(requests)
         self._trouble.over()
         for (lane, request), answer in zip(list(requests.items()), answers, strict=True):
-            if isinstance(answer, BrokerUnavailableError):
-                continue  # it is sent again, as it is
-            del hand.unanswered[lane]
-            if isinstance(answer, BrokerError):
-                self._put_off(lane, request, answer)
-            else:
-                self._take(lane, request, answer)
+            if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
+                self._answer(hand, lane, request, answer)
         if unavailable := next((a for a in answers if isinstance(a, BrokerUnavailableError)), None):
             await self._pause(self._trouble.pause_s(unavailable))
+
+    def _answer(
+        self, hand: Hand, lane: Lane, request: Request, answer: Answered | BrokerError
+    ) -> None:
+        del hand.unanswered[lane]
+        if isinstance(answer, BrokerError):
+            self._put_off(lane, request, answer)
+        else:
+            self._take(lane, request, answer)
 
     async def _pause(self, pause_s: float) -> None:
         try:
