@@ -107,9 +107,11 @@ class Request:
         while ended and len(self.outcomes) < min(most, BATCH) and size < BATCH_BYTES:
             one = task_id, mark, lock, outcome = ended.popleft()
             self.outcomes.append(one)
+            if outcome is DONE and not lock:  # nearly all, and then the call is what costs
+                self.done += (task_id, mark)
+                continue
             self.save(task_id, mark, lock, outcome)
-            if outcome is not DONE:
-                size += len(outcome.message) + len(outcome.result or b"")
+            size += len(outcome.message) + len(outcome.result or b"")
 
 
 class Answered(NamedTuple):

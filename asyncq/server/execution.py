@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context as Variables
 from contextvars import ContextVar, copy_context
 from inspect import isawaitable
@@ -69,6 +69,7 @@ class Execution:
         self.routes: Routes
         self._loop = asyncio.get_running_loop()
         self._context: Variables | None = None  # what every run begins with
+        self._variables: tuple[tuple[ContextVar[Any], Any], ...] = ()  # likewise
         self._batch: deque[Run] | None = None  # runs that begin when the event loop comes round
 
     def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
@@ -106,6 +107,7 @@ class Execution:
     def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
         if self._context is None:  # the first comes from the pump, later ones from handlers, too
             self._context = copy_context()
+            self._variables = tuple(self._context.items())
         # The event loop holds a task until its first step, from then on its run does.
         self._loop.create_task(run, context=self._context.copy())
 
@@ -139,12 +141,14 @@ class Execution:
 
     def _is_clean(self) -> bool:
         """Whether the last run here left every context variable as it was."""
-        context = copy_context()
-        before: Mapping[ContextVar[Any], Any] = self._context or {}
-        # By identity: what is equal may be another's, and comparing runs the user's code.
-        return len(context) == len(before) and all(
-            context.get(variable, _UNSET) is value for variable, value in before.items()
-        )
+        before = self._variables
+        if len(copy_context()) != len(before):
+            return False
+        for variable, value in before:  # noqa: SIM110 - a generator costs more than all else here
+            # By identity: what is equal may be another's, and comparing runs the user's code.
+            if variable.get(_UNSET) is not value:
+                return False
+        return True
 
     async def _run(self, run: Run, task: asyncio.Task[None] | None = None) -> None:
         run.begun = True
