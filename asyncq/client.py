@@ -198,7 +198,7 @@ class Client:
         try:
             (error,) = await self._broker.enqueue(queue, [new], soon=True)
         finally:
-            if self._waiting[queue]:
+            if any(not future.done() for _, future in self._waiting[queue]):
                 self._start_flusher(queue)
             else:
                 self._end_sending(queue)

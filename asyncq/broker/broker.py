@@ -33,7 +33,6 @@ BATCH_BYTES: Final = 8 * 1024 * 1024
 
 SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
 
-
 _MULTI: Final = pack(["MULTI"])
 _EXEC: Final = pack(["EXEC"])
 
@@ -201,13 +200,13 @@ class Broker:
         if isinstance(done, BrokerError):  # nothing was done, and before that it was said why
             refused = next((one for one in queued if isinstance(one, BrokerError)), done)
             return [refused] * len(tasks)
-        pushed = done[-1]
-        if isinstance(pushed, int):
+        failed = next((one for one in done if not isinstance(one, int)), None)
+        if failed is None:
             return [None] * len(tasks)
         k = queue_keys(queue)
         if isinstance(done[0], int):  # what is in no list must not stay
             await self.pool.call(["UNLINK", *(k.task(task.id) for task in tasks)])
-        error = pushed if isinstance(pushed, BrokerError) else refusal(str(pushed))
+        error = failed if isinstance(failed, BrokerError) else refusal(str(failed))
         if str(error).startswith("WRONGTYPE"):
             error = BrokerError(f"WRONGTYPE {k.pending} is no list: another program uses this key")
         return [error] * len(tasks)

@@ -27,7 +27,7 @@ PREFETCH = 1000
 
 # A consumer that finds nothing looks again after 5 ms, then after twice as long each time, up to
 # this. The default is 1000. Worker threads wake as often, so that less than this costs an idle
-# process a third of a core and more.
+# process a good part of a core.
 LONGEST_WAIT_MS = 20
 
 # None outside a measurement, where no handler runs

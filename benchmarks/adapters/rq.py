@@ -1,7 +1,7 @@
 """rq: its pool of workers, each a process that runs one job after the other.
 
 The workers are SimpleWorkers, which its notes on performance give to jobs of a few milliseconds:
-the default, a fork a job, ran a ninth as many. Its scheduler looks once a second, for which there
+the default, a fork a job, ran far fewer. Its scheduler looks once a second, for which there
 is no option, and knows whole seconds only.
 """
 
@@ -20,8 +20,8 @@ from rq import Queue, Retry
 from benchmarks.adapter import SLEEP_S, Sending, Working, main, sent_by_threads
 from benchmarks.ledger import Ledger
 
-# Jobs that wait 10 ms ran the fastest with 8 to 16 processes on two cores. With 32 they took twice
-# the CPU, and with 100 four times, so that fewer were done.
+# Jobs that wait 10 ms ran the fastest with 8 to 16 processes on two cores; more of them took more
+# CPU, so that fewer jobs were done.
 PROCESSES = 5 * (os.cpu_count() or 1)
 
 JOBS_A_CALL = 1000

@@ -1,4 +1,4 @@
-"""Drives `peer`, the real Go Asynq side of the interop tests and benchmarks.
+"""Drives `peer`, the real Go Asynq side of the interop tests.
 
 This module builds the program of `go/` and talks to it in JSON lines; README.md beside it lists
 what each side says. It knows nothing of asyncq.
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Required, Self, TypedDict
+from typing import Any, Required, Self, TypedDict
 
 from tests.interop.process import (
     MAX_LINE_BYTES,
@@ -229,24 +229,6 @@ class GoDay:
     failed: int
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One benchmark run of Go; `rate` is tasks a second, `cpu_seconds` those of the Go process.
-
-    Enqueue: `seconds` is from the first call to the last return. Drain: from the first handler's
-    start to the last handler's return, and `acked_seconds` until Redis held no task of it any more.
-    """
-
-    tasks: int
-    concurrency: int
-    seconds: float
-    rate: float
-    verified: int
-    cpu_seconds: float
-    acked_seconds: float = 0.0
-    acked_rate: float = 0.0
-
-
 # One call of the program
 
 
@@ -316,43 +298,6 @@ async def go_struct_unique(
     return [read_record(UniqueAnswer, line) for line in lines]
 
 
-async def go_bench_enqueue(
-    url: str,
-    n: int,
-    concurrency: int,
-    *,
-    queue: str = "default",
-    pool: int = 0,
-    timeout: float = 120.0,
-) -> Measurement:
-    """Measure Go enqueueing `n` tasks; raises `GoPeerError` if they are not all there after.
-
-    `pool` is the number of connections, 0 Asynq's default.
-    """
-    flags = [f"-n={n}", f"-concurrency={concurrency}", f"-queue={queue}", f"-pool={pool}"]
-    (line,) = await _call("bench-enqueue", url, flags, (), timeout)
-    return read_record(Measurement, line)
-
-
-async def go_bench_drain(
-    url: str,
-    n: int,
-    concurrency: int,
-    *,
-    queues: Mapping[str, int] | None = None,
-    pool: int = 0,
-    timeout: float = 120.0,
-) -> Measurement:
-    """Measure a Go server emptying queues that hold `n` tasks with `user_id` 0 to n-1.
-
-    Raises `GoPeerError` if a task is missing or left over.
-    """
-    flags = [f"-n={n}", f"-concurrency={concurrency}", f"-pool={pool}"]
-    flags += [f"-queues={_weights(queues)}", f"-timeout={_duration(timeout)}"]
-    (line,) = await _call("bench-drain", url, flags, (), timeout + 5)
-    return read_record(Measurement, line)
-
-
 async def _call(
     command: str,
     url: str,
@@ -404,7 +349,6 @@ class GoServer(ServerProcess):
     Inside the block it is registered and hears cancelations. `handler` names what every task does,
     or is "type": the part of the task type before the first colon decides (see README.md).
     Durations are seconds; None is Asynq's default, which for `retry_delay_s` is its formula.
-    `command` "bench-pickup" reports only starts, with id and time.
     """
 
     name = "the Go server"
@@ -426,11 +370,9 @@ class GoServer(ServerProcess):
         janitor_s: float | None = None,
         retry_delay_s: float | None = None,
         log_level: str = "error",
-        command: Literal["serve", "bench-pickup"] = "serve",
     ) -> None:
         super().__init__(shutdown_timeout_s)
         self._url = url
-        self._command = command
         self._flags = [
             "-stop-on-eof",
             f"-queues={_weights(queues)}",
@@ -453,7 +395,7 @@ class GoServer(ServerProcess):
 
     async def spawn(self) -> asyncio.subprocess.Process:
         """Start `peer`."""
-        return await _spawn(self._command, self._url, self._flags)
+        return await _spawn("serve", self._url, self._flags)
 
     async def ready(self) -> None:
         """Wait until the server is registered and hears cancelations."""

@@ -1,4 +1,4 @@
-// Command peer is the Go side of the interop tests and benchmarks: real Go Asynq, driven by flags
+// Command peer is the Go side of the interop tests: real Go Asynq, driven by flags
 // and JSON lines, so that a test in another language can talk to it.
 //
 // Answers go to stdout, one JSON object a line; errors go to stderr.
@@ -23,9 +23,6 @@ var commands = []command{
 	{"struct-unique", "marshal structs read from stdin and enqueue them unique", runStructUnique},
 	{"serve", "run a server that reports each start and end of a task", runServe},
 	{"inspect", "answer inspector commands read from stdin", runInspect},
-	{"bench-enqueue", "measure enqueueing", runBenchEnqueue},
-	{"bench-drain", "measure a server that empties a queue", runBenchDrain},
-	{"bench-pickup", "run a server that reports only when each task starts", runBenchPickup},
 }
 
 // A usageError is the caller's mistake: an unknown flag, or an input line that does not parse.
