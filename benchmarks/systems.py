@@ -69,7 +69,7 @@ OURS = System(
     acknowledging="A task leaves Redis in the script call that acknowledges its finished run;"
     " a crash loses nothing, another worker takes its tasks when their leases have run out.",
     note="Who enqueues one task after the other keeps the event loop turning until the answer is"
-    " there, as long as Redis answers within 0.2 ms; the column of the CPU time shows what it costs.",
+    " there, as long as Redis answers within 0.2 ms; the CPU time a task shows what that costs.",
 )
 
 ASYNQ = System(

@@ -384,14 +384,11 @@ class GoServer(ServerProcess):
             f"-janitor={_duration(janitor_s or 0)}",
             f"-retry-delay={_duration(-1 if retry_delay_s is None else retry_delay_s)}",
             f"-log-level={log_level}",
+            f"-handler={handler}",
+            f"-sleep={_duration(sleep_s)}",
+            f"-result={str(result).lower()}",
+            f"-ignore-cancel={str(ignore_cancel).lower()}",
         ]
-        if command == "serve":
-            self._flags += [
-                f"-handler={handler}",
-                f"-sleep={_duration(sleep_s)}",
-                f"-result={str(result).lower()}",
-                f"-ignore-cancel={str(ignore_cancel).lower()}",
-            ]
 
     async def spawn(self) -> asyncio.subprocess.Process:
         """Start `peer`."""
