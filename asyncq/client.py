@@ -110,7 +110,7 @@ class Client:
     async def enqueue(self, task: Task[R], /, **options: Unpack[TaskOptions]) -> TaskHandle[R]:
         """Put a task into its queue; options given here win over the task's own.
 
-        Calls that are made while another one is under way travel together, in one script call.
+        Calls that are made while another one is under way travel together, in one call of Redis.
 
         Raises:
             TypeError: an option is unknown.

@@ -1,4 +1,4 @@
-"""The moves of a task, in the words of a queue; each is one script call, or safe to repeat."""
+"""The moves of a task, in the words of a queue; each is one call of Redis, or safe to repeat."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from asyncq.errors import (
 from asyncq.outcome import DONE, Ended, Outcome
 
 BATCH: Final = 250
-"""Tasks a script call; a call of 1,000 held Redis for 13 ms, and unpack fails near 4,000."""
+"""Tasks a call; a script call of 1,000 held Redis for 13 ms, and unpack fails near 4,000."""
 
 BATCH_BYTES: Final = 8 * 1024 * 1024
 """Bytes of messages a script call, so that it ends in time over a slow link."""
@@ -204,8 +204,12 @@ class Broker:
         if failed is None:
             return [None] * len(tasks)
         k = queue_keys(queue)
-        if isinstance(done[0], int):  # what is in no list must not stay
-            await self.pool.call(["UNLINK", *(k.task(task.id) for task in tasks)])
+        if any(isinstance(one, int) for one in done):
+            # What is in no list must not stay; an id without a task is dropped by who takes it.
+            try:
+                await self.pool.ask(["UNLINK", *(k.task(task.id) for task in tasks)])
+            except BrokerError as problem:
+                log.error("queue %r: hashes of refused tasks may have stayed: %s", queue, problem)
         error = failed if isinstance(failed, BrokerError) else refusal(str(failed))
         if str(error).startswith("WRONGTYPE"):
             error = BrokerError(f"WRONGTYPE {k.pending} is no list: another program uses this key")
@@ -222,7 +226,7 @@ class Broker:
         for request in requests:
             self.prepare(server_id, request)
         answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
-        return [a if isinstance(a, BrokerError) else _answered(a) for a in answers]
+        return [self.read_answer(answer) for answer in answers]
 
     def prepare(self, server_id: str, request: Request) -> None:
         """Write a request, to which nothing is added any more, so that it can be sent at once."""
@@ -235,17 +239,17 @@ class Broker:
                 moves=request.moves,
             )
 
-    def pump_ahead(
-        self, request: Request, on_answer: Callable[[Answered | BrokerError], None]
-    ) -> bool:
+    def pump_ahead(self, request: Request, on_answer: Callable[[Answer], None]) -> bool:
         """Send a prepared request from a callback; False: not possible now.
 
-        `on_answer` may get a BrokerUnavailableError: the request may be sent again, as by `pump`.
+        `on_answer` gets what `read_answer` takes.
         """
         assert request.command is not None
-        return self.pool.send(
-            request.command, lambda a: on_answer(a if isinstance(a, BrokerError) else _answered(a))
-        )
+        return self.pool.send(request.command, on_answer)
+
+    def read_answer(self, answer: Answer) -> Answered | BrokerError:
+        """Read the answer to a request; one that is unavailable may be sent again, by `pump`."""
+        return answer if isinstance(answer, BrokerError) else _answered(answer)
 
     async def forward(self, queue: str, limit: int = BATCH) -> Forwarded:
         """Move up to `limit` due tasks to pending, or to their group."""
@@ -345,8 +349,9 @@ class Broker:
 @lru_cache(maxsize=4096)
 def _script(name: str, queue: str, last: str = "") -> Call:
     script, k = SCRIPTS[name], queue_keys(queue)
-    keys = {key: last if key == "last" else getattr(k, key) for key in script.keys}
-    return script.on(keys, prefix=k.prefix) if "prefix" in script.scalars else script.on(keys)
+    its_keys = {key: last if key == "last" else getattr(k, key) for key in script.keys}
+    prefix = {"prefix": k.prefix} if "prefix" in script.scalars else {}
+    return script.on(its_keys, **prefix)
 
 
 @lru_cache(maxsize=4096)

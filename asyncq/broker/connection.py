@@ -183,24 +183,24 @@ class Pool:
         """Send a command from a callback; False: no connection is free for it.
 
         `on_answer` is called with the answer, or with a BrokerUnavailableError if the command is
-        to be sent again: no answer came, or Redis lost the script. It is one call more than the
-        pool has connections for, at worst.
+        to be sent again: no answer came, or Redis lost the script. It does not wait for its turn,
+        so the pool may come to one connection more than its size.
         """
         pipeline = self._take() if self._open else None
         if pipeline is None:
             return False
 
-        def answered(future: asyncio.Future[list[Any]]) -> None:
+        def answered(answer: Any) -> None:
             self._ahead.discard(pipeline)
-            if error := future.exception():
-                on_answer(ConnectionLostError(error, self.where, sent=True))
-                return
-            (answer,) = _translated(future.result())
             self._give_back(pipeline)
+            if isinstance(answer, hiredis.ReplyError):
+                answer = refusal(str(answer))
+            elif isinstance(answer, Exception):
+                answer = ConnectionLostError(answer, self.where, sent=True)
             on_answer(_unavailable(str(answer)) if isinstance(answer, _NoScript) else answer)
 
         self._ahead.add(pipeline)
-        pipeline.call(command.packed, 1).add_done_callback(answered)
+        pipeline.call_back(command.packed, answered)
         return True
 
     def _give_back(self, pipeline: Pipeline) -> None:

@@ -54,8 +54,7 @@ class Ear(Pipeline):
                     call.answers.append(answer)
                     if len(call.answers) == call.commands:
                         calls.popleft()
-                        if not call.answered.done():
-                            call.answered.set_result(call.answers)
+                        call.end()
                 elif isinstance(answer, hiredis.ReplyError):  # what was said is refused
                     raise refusal(str(answer))
                 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import select
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import hiredis
@@ -30,7 +31,7 @@ class Pipeline(asyncio.Protocol):
         self._transport: Any = self._writer.transport
         opened._reader = opened._writer = None  # nor does redis-py close it any more
         self._reader: Any = hiredis.Reader(notEnoughData=_NOTHING_YET)
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[_Call | _CallBack] = deque()
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
         self.closed = False
@@ -53,6 +54,17 @@ class Pipeline(asyncio.Protocol):
             ConnectionError, TimeoutError: no answer came, though Redis may have got the commands.
         """
         call = _Call(self._loop, commands)
+        self._send(packed, call)
+        return call.answered
+
+    def call_back(self, packed: bytes, on_answer: Callable[[Any], None]) -> None:
+        """Send a packed command; `on_answer` gets the answer as soon as it is read.
+
+        Or what `call` raises: the event loop need not come round for either.
+        """
+        self._send(packed, _CallBack(self._loop, on_answer))
+
+    def _send(self, packed: bytes, call: _Call | _CallBack) -> None:
         self._calls.append(call)
         if self.closed:
             self._lose(ConnectionError("the connection was closed"))
@@ -60,7 +72,6 @@ class Pipeline(asyncio.Protocol):
             self._transport.write(packed)
             if self._watch is None:
                 self._watch = self._loop.call_at(call.ends_at, self._look)
-        return call.answered
 
     def close(self) -> None:
         """Close the connection; calls under way fail."""
@@ -76,8 +87,7 @@ class Pipeline(asyncio.Protocol):
                 call.answers.append(answer)
                 if len(call.answers) == call.commands:
                     calls.popleft()
-                    if not call.answered.done():
-                        call.answered.set_result(call.answers)
+                    call.end()
         except (hiredis.ProtocolError, IndexError) as error:  # no Redis, or out of step
             self._lose(ConnectionError(f"not an answer of Redis: {error!r}"))
 
@@ -104,9 +114,7 @@ class Pipeline(asyncio.Protocol):
             self._watch.cancel()
             self._watch = None
         while self._calls:
-            call = self._calls.popleft()
-            if not call.answered.done():
-                call.answered.set_exception(error)
+            self._calls.popleft().fail(error)
 
 
 class _Call:
@@ -117,3 +125,36 @@ class _Call:
         self.answers: list[Any] = []
         self.answered: asyncio.Future[list[Any]] = loop.create_future()
         self.ends_at = loop.time() + CALL_TIMEOUT_S
+
+    def end(self) -> None:
+        if not self.answered.done():
+            self.answered.set_result(self.answers)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+
+class _CallBack:
+    __slots__ = ("_loop", "_on_answer", "answers", "ends_at")
+
+    commands = 1
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_answer: Callable[[Any], None]) -> None:
+        self.answers: list[Any] = []
+        self.ends_at = loop.time() + CALL_TIMEOUT_S
+        self._loop = loop
+        self._on_answer = on_answer
+
+    def end(self) -> None:
+        self._tell(self.answers[0])
+
+    def fail(self, error: Exception) -> None:
+        self._tell(error)
+
+    def _tell(self, answer: Any) -> None:
+        try:
+            self._on_answer(answer)
+        except Exception as error:  # that of a caller, for which the connection is not to be lost
+            message = "what an answer of Redis was for has failed"
+            self._loop.call_exception_handler({"message": message, "exception": error})

@@ -105,7 +105,7 @@ class Execution:
         self._loop.call_soon(self._spread, batch)  # comes right after the first step of the task
 
     def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
-        if self._context is None:  # the first comes from the pump, later ones from handlers, too
+        if self._context is None:  # the first comes from the server, later ones from handlers, too
             self._context = copy_context()
             self._variables = tuple(self._context.items())
         # The event loop holds a task until its first step, from then on its run does.

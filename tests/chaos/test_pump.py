@@ -1,4 +1,4 @@
-"""Two calls of the pump under way: what becomes of their tasks when both go wrong."""
+"""Two calls of the pump under way, or one sent ahead: what becomes of tasks when they go wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from asyncq import Client, Context, Mux, Server, Task
+from asyncq import AsyncqError, Client, Context, Mux, Server, SyncClient, Task
 from asyncq.broker import pipeline
 from asyncq.server.loops.pump import Pump
 from tests.chaos.live import Queue, QueueState, eventually, leaving_nothing
@@ -213,3 +213,69 @@ async def test_a_burst_after_a_rest_is_taken_by_both_and_the_rest_by_one(
                 await eventually(lambda: all_done(queue))
     assert set(ran.counts.values()) == {1}
     assert await queue.handled() == (5 * 1005, 0)
+
+
+# A request that an idle server has prepared
+
+
+async def stands_by(server: Server) -> None:
+    """Wait until a request is prepared."""
+    await eventually(lambda: pump_of(server)._standby is not None)
+
+
+@pytest.mark.parametrize("trouble", ["answer lost", "script lost"])
+async def test_a_request_that_was_sent_ahead_in_vain_is_sent_again(
+    trouble: str, store: Database, client: Client, redis: Redis, queue: Queue
+) -> None:
+    ran = Ran()
+    async with proxied(store) as proxy:
+        server = Server(proxy.url)
+        async with server.running(ran.mux):
+            await client.enqueue(Task("quick", task_id="a"))
+            await stands_by(server)
+            if trouble == "answer lost":
+                proxy.lose_reply("pump")
+            else:
+                await redis.script_flush()
+            await client.enqueue(Task("quick", task_id="b"))
+            await eventually(lambda: all_done(queue))
+            assert pump_of(server)._under_way() == []
+    assert ran.counts == Counter("ab")
+
+
+@pytest.mark.parametrize("queues", [{"low": 1, "high": 6}, {"high": 6, "low": 1}])
+async def test_queues_that_get_tasks_in_the_same_moment_share_the_places_by_weight(
+    queues: dict[str, int], store_url: str, client: Client
+) -> None:
+    ran = Ran()
+    server = Server(store_url, concurrency=70, queues=queues, shutdown_timeout=0)
+    async with server.running(ran.mux):
+        await client.enqueue(Task("quick", task_id="first"), queue="low")
+        await stands_by(server)
+        with SyncClient(store_url) as blocking:  # the server hears of both at once
+            for name in ("low", "high"):
+                tasks = [Task("held", task_id=f"{name}{i}", queue=name) for i in range(100)]
+                blocking.enqueue_many(tasks)
+        await eventually(lambda: ran.counts.total() == 71)
+    assert 8 <= sum(task_id.startswith("low") for task_id in ran.counts) <= 12
+
+
+@pytest.mark.parametrize("defect", ["start", "read_answer"])
+async def test_a_defect_in_what_was_sent_ahead_stops_the_server(
+    defect: str, store_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    ran = Ran()
+    server = Server(store_url)
+    with pytest.raises(AsyncqError, match="died"):
+        async with server.running(ran.mux):
+            await client.enqueue(Task("quick", task_id="first"))
+            await stands_by(server)
+            broken: Any = pump_of(server)
+            monkeypatch.setattr(
+                broken._execution if defect == "start" else broken._broker, defect, fails
+            )
+            await client.enqueue(Task("quick", task_id="second"))
+            await eventually(server._shutdown_wanted.is_set)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from asyncq.broker.broker import BATCH, Answered, Broker, Request
 from asyncq.errors import BrokerError, BrokerUnavailableError, MalformedMessageError
@@ -78,6 +79,7 @@ class Pump:
         self._quiet = asyncio.Event()  # the last tick found nothing to do
         self._last_served: Lane | None = None
         self._standby: tuple[Lane, Request] | None = None
+        self._failed: BaseException | None = None  # what `_hurried` raised
         in_flight.hurry = self._hurry
 
     def stop_fetching(self) -> None:
@@ -104,9 +106,13 @@ class Pump:
                     self._stand_by()
                 await self._in_flight.changed.wait()
                 self._standby = None
+                if self._failed is not None:
+                    raise self._failed
 
     def _stand_by(self) -> None:
         """Prepare what is to be sent when a task comes to the queue that had the last one.
+
+        It asks for this queue's part of the places: others may be woken in the same moment.
 
         All that is done between the news of a task and the request for it is done by a process
         that was idle, whose caches are cold: there each step takes ten times as long.
@@ -114,7 +120,8 @@ class Pump:
         lane = self._last_served
         if lane is None or not lane.empty or (self._strict and len(self._lanes) > 1):
             return
-        want = min(self._room(lane, self._places()), BATCH)
+        part = lane.weight / sum(lane.weight for lane in self._lanes)
+        want = min(self._room(lane, math.ceil(self._places() * part)), BATCH)
         if want > 0 and not self._refused(lane):
             request = Request(lane.queue, next(self._sequences), want)
             self._broker.prepare(self._first.name, request)
@@ -126,16 +133,22 @@ class Pump:
         if standby is None or standby[0] is not lane or self._in_flight.changed.is_set():
             return False
         _, request = standby
-        request.ahead = self._broker.pump_ahead(request, partial(self._hurried, lane, request))
-        if request.ahead:
-            lane.turn += request.want / lane.weight
-            self._first.unanswered[lane] = request
-        return request.ahead
+        request.ahead = True
+        self._first.unanswered[lane] = request
+        if not self._broker.pump_ahead(request, partial(self._hurried, lane, request)):
+            del self._first.unanswered[lane]
+            return False
+        lane.turn += request.want / lane.weight
+        return True
 
-    def _hurried(self, lane: Lane, request: Request, answer: Answered | BrokerError) -> None:
+    def _hurried(self, lane: Lane, request: Request, raw: Any) -> None:
         request.ahead = False
-        if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
-            self._answer(self._first, lane, request, answer)
+        try:
+            answer = self._broker.read_answer(raw)
+            if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
+                self._answer(self._first, lane, request, answer)
+        except BaseException as error:  # no task of ours would end by it
+            self._failed = error
         self._in_flight.changed.set()
 
     async def _help(self, hand: Hand) -> None:
@@ -148,6 +161,7 @@ class Pump:
             if not hand.unanswered:
                 await self._backlog.wait()
             await _let_begin()
+            self._standby = None  # it holds while nothing has changed
             self._in_flight.changed.clear()
             if not await self._turn(hand):
                 await self._in_flight.changed.wait()
