@@ -138,11 +138,12 @@ class Pump:
         if not self._broker.pump_ahead(request, partial(self._hurried, lane, request)):
             del self._first.unanswered[lane]
             return False
-        lane.turn += request.want / lane.weight
         return True
 
     def _hurried(self, lane: Lane, request: Request, raw: Any) -> None:
         request.ahead = False
+        self._let_rejoin([one for one in self._lanes if not one.empty])  # woken in the same moment
+        lane.turn += request.want / lane.weight
         try:
             answer = self._broker.read_answer(raw)
             if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
