@@ -181,8 +181,7 @@ class EnqueueUncertainError(BrokerUnavailableError):
     """The connection died after the request had left: the task may or may not be in the queue.
 
     Enqueue it again with the same task id: if it had arrived, the second call succeeds too
-    or raises TaskIDConflictError, and there is one task either way. Only if the network held the
-    first request back, and delivers it after the second, may the task run twice.
+    or raises TaskIDConflictError, and there is one task either way.
     """
 
     def __init__(self, task_id: str, queue: str, cause: str) -> None:

@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 
 from asyncq.broker.embedded import Store, open_store_async
 from asyncq.broker.pipeline import CALL_TIMEOUT_S, Pipeline
-from asyncq.broker.resp import Arg, pack
+from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import Command
 from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, OptionError
 
@@ -107,6 +107,12 @@ def _is_refused_login(error: BaseException) -> bool:
     )
 
 
+async def _known_as(pipeline: Pipeline) -> tuple[str, str] | None:
+    (info,) = await pipeline.call(pack(["CLIENT", "INFO"]), 1)
+    found = re.match(rb"id=(\d+) addr=(\S+)", info) if isinstance(info, bytes) else None
+    return None if found is None else (text(found[1]), text(found[2]))  # None: we may not ask
+
+
 def _translated(answers: list[Any]) -> list[Answer]:
     for i, answer in enumerate(answers):
         if isinstance(answer, hiredis.ReplyError):
@@ -135,6 +141,7 @@ class Pool:
         self._free = asyncio.Semaphore(size)
         self._idle: list[Pipeline] = []  # the last used is taken first
         self._ahead: set[Pipeline] = set()  # in use by `send`
+        self._given_up: set[tuple[str, str]] = set()  # lost while calls were under way
         self._open = False
         self._took_s = math.inf  # the last call that was to be answered soon
 
@@ -174,6 +181,7 @@ class Pool:
         async with self._free:
             pipeline = self._take() or await self._connect()
             try:
+                await self._end_given_up(pipeline)
                 answers = await self._call_on(pipeline, commands, soon)
             finally:
                 self._give_back(pipeline)
@@ -186,7 +194,7 @@ class Pool:
         to be sent again: no answer came, or Redis lost the script. It does not wait for its turn,
         so the pool may come to one connection more than its size.
         """
-        pipeline = self._take() if self._open else None
+        pipeline = self._take() if self._open and not self._given_up else None
         if pipeline is None:
             return False
 
@@ -196,6 +204,7 @@ class Pool:
             if isinstance(answer, hiredis.ReplyError):
                 answer = refusal(str(answer))
             elif isinstance(answer, Exception):
+                self._give_up(pipeline)
                 answer = ConnectionLostError(answer, self.where, sent=True)
             on_answer(_unavailable(str(answer)) if isinstance(answer, _NoScript) else answer)
 
@@ -269,7 +278,36 @@ class Pool:
         finally:
             if not connection.is_connected:
                 await connection.disconnect(nowait=True)
-        return Pipeline(connection)
+        pipeline = Pipeline(connection)
+        try:
+            pipeline.known_as = await _known_as(pipeline)
+        except BaseException as error:
+            pipeline.close()
+            if isinstance(error, OSError):
+                raise ConnectionLostError(error, self.where, sent=False) from error
+            raise
+        return pipeline
+
+    async def _end_given_up(self, pipeline: Pipeline) -> None:
+        """Have Redis end the connections that were given up, before anything is sent again.
+
+        What the network still holds of them would be carried out when it comes, after its own
+        repetition: a task would be put on its queue twice.
+        """
+        if not self._given_up:
+            return
+        given_up = set(self._given_up)
+        # The address as well, for a Redis that was restarted counts its clients anew.
+        kills = [pack(["CLIENT", "KILL", "ID", i, "ADDR", address]) for i, address in given_up]
+        try:
+            await pipeline.call(b"".join(kills), len(kills))  # who may not, goes without
+        except OSError as error:
+            raise ConnectionLostError(error, self.where, sent=False) from error
+        self._given_up -= given_up  # not before: who comes meanwhile must not be faster
+
+    def _give_up(self, pipeline: Pipeline) -> None:
+        if pipeline.known_as is not None:
+            self._given_up.add(pipeline.known_as)
 
     async def _call_on(
         self, pipeline: Pipeline, commands: Sequence[Sequence[Arg] | bytes | Command], soon: bool
@@ -285,6 +323,7 @@ class Pool:
                 if isinstance(answers[i], _NoScript) and isinstance(command, Command):
                     answers[i : i + 1] = _translated(await pipeline.call(pack(command.by_text), 1))
         except OSError as error:  # a TimeoutError, too
+            self._give_up(pipeline)
             raise ConnectionLostError(error, self.where, sent=True) from error
         finally:
             answered.cancel()  # if it has not come, nobody waits for it any more

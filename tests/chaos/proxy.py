@@ -21,6 +21,9 @@ class Proxy:
         self.url = f"unix://{self.path}?db={store.number}"
         self._upstream = store.server.socket
         self._to_lose: list[bytes] = []
+        self._to_hold: bytes | None = None
+        self._go_on = asyncio.Event()
+        self._delivered = asyncio.Event()
         self.lost = 0
         self._pipes: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -30,8 +33,16 @@ class Proxy:
 
         `call` is the name of a script, or of a command.
         """
-        name = SCRIPTS[call].digest if call in SCRIPTS else f"\r\n{call}\r\n"
-        self._to_lose += [name.encode()] * times
+        self._to_lose += [_name_of(call)] * times
+
+    def hold_back(self, call: str) -> None:
+        """Let the next call, named as above, reach Redis only at `deliver`."""
+        self._to_hold = _name_of(call)
+
+    async def deliver(self) -> None:
+        """Deliver what was held back, unless Redis has ended that connection."""
+        self._go_on.set()
+        await self._delivered.wait()
 
     async def start(self) -> None:
         """Listen."""
@@ -78,8 +89,17 @@ class Proxy:
                 if wanted := next((name for name in self._to_lose if name in data), None):
                     self._to_lose.remove(wanted)
                     losing.set()
-                up_writer.write(data)
-                await up_writer.drain()
+                held = self._to_hold is not None and self._to_hold in data
+                if held:
+                    self._to_hold = None
+                try:
+                    if held:
+                        await self._go_on.wait()
+                    up_writer.write(data)
+                    await up_writer.drain()
+                finally:
+                    if held:
+                        self._delivered.set()
 
         async def answers() -> None:
             while data := await up_reader.read(2**20):
@@ -97,6 +117,10 @@ class Proxy:
                 half.cancel()
             up_writer.transport.abort()
             await asyncio.gather(*both, up_writer.wait_closed(), return_exceptions=True)
+
+
+def _name_of(call: str) -> bytes:
+    return (SCRIPTS[call].digest if call in SCRIPTS else f"\r\n{call}\r\n").encode()
 
 
 @asynccontextmanager

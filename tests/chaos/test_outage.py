@@ -25,6 +25,7 @@ from asyncq import (
     Task,
     TaskIDConflictError,
 )
+from asyncq.broker import pipeline
 from asyncq.broker.keys import CANCEL
 from asyncq.server.loops.heartbeat import Heartbeat
 from tests.chaos.live import Queue, QueueState, calls_during, eventually
@@ -248,6 +249,19 @@ async def test_an_enqueue_with_an_id_of_its_own_is_uncertain_when_its_answer_was
         with pytest.raises(EnqueueUncertainError) as caught:
             await client.enqueue(Task("t"))
         assert await queue.pending() == [first.id, caught.value.task_id]
+
+
+async def test_an_enqueue_that_arrives_after_its_repetition_makes_no_second_task(
+    store: Database, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "CALL_TIMEOUT_S", 0.2)
+    async with proxied(store) as proxy, Client(proxy.url) as client:
+        proxy.hold_back("EXEC")
+        with pytest.raises(EnqueueUncertainError) as caught:
+            await client.enqueue(Task("t"))
+        again = await client.enqueue(Task("t"), task_id=caught.value.task_id)
+        await proxy.deliver()
+        assert await queue.pending() == [again.id]
 
 
 async def test_a_blocked_event_loop_keeps_its_leases(
