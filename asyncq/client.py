@@ -191,7 +191,7 @@ class Client:
     async def _send_alone(self, queue: str, new: NewTask) -> AsyncqError | None:
         """Send at once, as nobody is sending: those who come meanwhile leave it to a flusher.
 
-        A flusher for this one as well would cost a fifth of the call.
+        A flusher for this one as well would be a task more for each call.
         """
         self._waiting[queue] = []
         self._flushers[queue] = set()

@@ -8,15 +8,13 @@ The first two are measurements in a process of their own, which prints its numbe
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable
 
 from asyncq import Client, Mux, Server
-from benchmarks.adapter import uvloop_factory
-from benchmarks.programs import answer_of
+from benchmarks.programs import answer_of, print_answer
 from benchmarks.systems import ASYNQ, OURS, System
 from benchmarks.workloads import (
     Bench,
@@ -134,13 +132,7 @@ register(
 def main() -> None:
     """Run one measurement: NAME URL TASKS."""
     logging.basicConfig(level=logging.ERROR)
-    name, url, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-    async def measured() -> Numbers:
-        return await MEASUREMENTS[name](url, n)
-
-    with asyncio.Runner(loop_factory=uvloop_factory()) as runner:
-        print(json.dumps(runner.run(measured())))
+    print_answer(MEASUREMENTS)
 
 
 if __name__ == "__main__":

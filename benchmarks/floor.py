@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import sys
 import time
 import uuid
@@ -26,10 +25,10 @@ from asyncq.broker.broker import Broker, Request
 from asyncq.broker.scripts import Command
 from asyncq.errors import BrokerError
 from asyncq.outcome import DONE
-from benchmarks.adapter import SLEEP_S, uvloop_factory
+from benchmarks.adapter import SLEEP_S
 from benchmarks.ledger import Ledger
 from benchmarks.machine import Store
-from benchmarks.programs import answer_of
+from benchmarks.programs import answer_of, print_answer
 from benchmarks.systems import OURS, System
 from benchmarks.workloads import Bench, Measure, Numbers, fill, register
 
@@ -210,13 +209,7 @@ register(
 
 def main() -> None:
     """Run one measurement: NAME URL TASKS."""
-    name, url, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-    async def measured() -> Numbers:
-        return await MEASUREMENTS[name](url, n)
-
-    with asyncio.Runner(loop_factory=uvloop_factory()) as runner:
-        print(json.dumps(runner.run(measured())))
+    print_answer(MEASUREMENTS)
 
 
 if __name__ == "__main__":

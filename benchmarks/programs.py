@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.adapter import Sending, Working
+from benchmarks.adapter import Sending, Working, uvloop_factory
 from benchmarks.ledger import VARIABLE, Ledger
 from benchmarks.systems import ROOT, System
 
@@ -59,6 +61,17 @@ def left(system: System, url: str, ledger: Ledger) -> int:
 def answer_of(program: list[str], ledger: Ledger, within_s: float = SEND_WITHIN_S) -> Any:
     """Run a program of ours that prints one line of JSON, and return that."""
     return json.loads(_run(program, ledger, within_s))
+
+
+def print_answer(measurements: Mapping[str, Callable[[str, int], Awaitable[Any]]]) -> None:
+    """Be such a program: make the measurement that the arguments name, NAME URL TASKS."""
+    name, url, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+    async def measured() -> Any:
+        return await measurements[name](url, n)
+
+    with asyncio.Runner(loop_factory=uvloop_factory()) as runner:
+        print(json.dumps(runner.run(measured())))
 
 
 class Worker:

@@ -360,7 +360,7 @@ def _announcement(queue: str) -> bytes:
 
 
 def _push(queue: str, tasks: Sequence[NewTask]) -> list[bytes]:
-    """New tasks that need no look at what is there: a transaction costs Redis half of a script.
+    """New tasks that need no look at what is there: a transaction costs Redis less than a script.
 
     As Go's client does, it takes its own clock for `pending_since`, which is only shown.
     """
