@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from asyncq.broker import keys
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, refusal
+from asyncq.broker.connection import Answer, ConnectionLostError, Pool, Waited, refusal
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import SCRIPTS, Call, Command
@@ -30,6 +30,10 @@ BATCH: Final = 250
 
 BATCH_BYTES: Final = 8 * 1024 * 1024
 """Bytes of messages a script call, so that it ends in time over a slow link."""
+
+WAIT_S: Final = 5
+"""How long Redis holds a request for a task: a client that is gone without a word gets no task
+after that."""
 
 SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
 
@@ -80,7 +84,7 @@ class Request:
 
     A request whose answer was lost is sent again as it is: by `sequence` the script knows it.
     `outcomes` are those that it saves, for the case that Redis refuses it. `command` is how it
-    is sent, once it is written. `ahead`: it was sent by `pump_ahead`, and is not answered.
+    is sent, once it is written. `held`: Redis holds it until there is a task, see `receive`.
     """
 
     queue: str
@@ -90,7 +94,7 @@ class Request:
     done: list[Arg] = field(default_factory=list[Arg])
     moves: list[Arg] = field(default_factory=list[Arg])
     command: Command | None = None
-    ahead: bool = False
+    held: bool = False
 
     def save(self, task_id: str, mark: int, lock: str, outcome: Outcome) -> None:
         """Add an outcome; `lock` is the key of the task's uniqueness lock, or empty."""
@@ -127,16 +131,23 @@ class Answered(NamedTuple):
     ghosts: list[str]
     ids: list[str]
     messages: list[bytes]
-    more: bool
-    """Fewer came than were wanted because their messages are large: more is pending."""
+    more: bool  # is pending
+
+
+OnAnswer: TypeAlias = Callable[[Answered | BrokerError, bool], None]
 
 
 class Expired(NamedTuple):
-    """A task whose run is gone; `score` is its lease as found, `message` empty if there is none."""
+    """A task whose run is gone, or never began; as found in its lease and its hash.
+
+    `score` and `message` are empty where there is none. `state` is what the hash calls it:
+    without a lease, "pending" is one that Redis moved for a client that was gone by then.
+    """
 
     id: str
     score: bytes
     message: bytes
+    state: bytes
 
 
 class Forwarded(NamedTuple):
@@ -224,32 +235,50 @@ class Broker:
             BrokerUnavailableError: no answer came; the same requests may be sent again.
         """
         for request in requests:
-            self.prepare(server_id, request)
+            if request.command is None:
+                last = queue_keys(request.queue).last(server_id)
+                request.command = _script("pump", request.queue, last)(
+                    sequence=request.sequence,
+                    want=request.want,
+                    done=request.done,
+                    moves=request.moves,
+                )
         answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
-        return [self.read_answer(answer) for answer in answers]
+        return [_read(answer) for answer in answers]
 
-    def prepare(self, server_id: str, request: Request) -> None:
-        """Write a request, to which nothing is added any more, so that it can be sent at once."""
-        if request.command is None:
-            last = queue_keys(request.queue).last(server_id)
-            request.command = _script("pump", request.queue, last)(
-                sequence=request.sequence,
-                want=request.want,
-                done=request.done,
-                moves=request.moves,
-            )
+    def receive(
+        self,
+        server_id: str,
+        request: Request,
+        on_answer: Callable[[Answered | BrokerError, bool], None],
+    ) -> Callable[[], None] | None:
+        """Send a request for one task, which Redis answers when there is one, or in `WAIT_S`.
 
-    def pump_ahead(self, request: Request, on_answer: Callable[[Answer], None]) -> bool:
-        """Send a prepared request from a callback; False: not possible now.
+        The task is moved by Redis itself, which wakes one waiting client for each task that is
+        put on the queue, and taken by the script that stands behind: so the news of a task is
+        the task itself, and nobody else is woken by it.
 
-        `on_answer` gets what `read_answer` takes.
+        Returns what ends the wait, as a lost connection does, or None: not possible now.
+        `on_answer` gets the answer, and whether it was in vain: waiting again at once would bring
+        nothing either. Where the answer is unavailable the request is to be sent again, by `pump`.
         """
-        assert request.command is not None
-        return self.pool.send(request.command, on_answer)
+        k = queue_keys(request.queue)
+        request.command = _script("receive", request.queue, k.last(server_id))(
+            sequence=request.sequence
+        )
 
-    def read_answer(self, answer: Answer) -> Answered | BrokerError:
-        """Read the answer to a request; one that is unavailable may be sent again, by `pump`."""
-        return answer if isinstance(answer, BrokerError) else _answered(answer)
+        def answered(answers: Waited) -> None:
+            if isinstance(answers, BrokerError):
+                request.command = None  # an ordinary call then: it may wait no more
+                on_answer(answers, False)
+                return
+            moved, taken = answers
+            answer = _read(taken)
+            brought = isinstance(answer, Answered) and bool(answer.ids)
+            on_answer(answer, moved is not None and not brought)
+
+        move: list[Arg] = ["BLMOVE", k.pending, k.active, "RIGHT", "LEFT", WAIT_S]
+        return self.pool.wait(move, request.command, on_answers=answered)
 
     async def forward(self, queue: str, limit: int = BATCH) -> Forwarded:
         """Move up to `limit` due tasks to pending, or to their group."""
@@ -269,7 +298,7 @@ class Broker:
     async def expired(self, queue: str, limit: int = BATCH) -> list[Expired]:
         """Find tasks whose run is gone: the lease has ended, or there is none."""
         found = await self._one(_script("expired", queue)(limit=limit))
-        return [Expired(text(task_id), score, message) for task_id, score, message in found]
+        return [Expired(text(task_id), *fields) for task_id, *fields in found]
 
     async def recover(
         self, queue: str, moves: Iterable[tuple[Expired, str, int | str, bytes]]
@@ -393,15 +422,19 @@ def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqErr
             return BrokerError(f"WRONGTYPE {holder} is no group: another program uses this key")
 
 
+def _read(answer: Answer) -> Answered | BrokerError:
+    return answer if isinstance(answer, BrokerError) else _answered(answer)
+
+
 def _answered(answer: list[Any]) -> Answered:
     (seconds, micros), mark, refused, broken, ghosts, ids, messages, more = answer
     return Answered(
         int(seconds) + int(micros) / 1e6,
         mark,
-        [text(task_id) for task_id in refused],
+        [*map(text, refused)],
         [(text(task_id), error.decode(errors="replace")) for task_id, error in broken],
-        [text(task_id) for task_id in ghosts],
-        [text(task_id) for task_id in ids],
+        [*map(text, ghosts)],
+        [*map(text, ids)],
         messages,
         bool(more),
     )

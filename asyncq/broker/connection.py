@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
@@ -40,6 +40,8 @@ _URL_OPTIONS = {
 
 Answer = Any
 """What Redis answered: bytes, int, None or lists of these; a `BrokerError` where it refused."""
+
+Waited: TypeAlias = "list[Answer] | ConnectionLostError"
 
 
 class ConnectionLostError(BrokerUnavailableError):
@@ -120,6 +122,10 @@ def _translated(answers: list[Any]) -> list[Answer]:
     return answers
 
 
+def _worth_repeating(answer: Answer) -> Answer:
+    return _unavailable(str(answer)) if isinstance(answer, _NoScript) else answer
+
+
 def _packed(command: Sequence[Arg] | bytes | Command) -> bytes:
     if isinstance(command, Command):
         return command.packed
@@ -140,7 +146,7 @@ class Pool:
         self._store: Store | None = None
         self._free = asyncio.Semaphore(size)
         self._idle: list[Pipeline] = []  # the last used is taken first
-        self._ahead: set[Pipeline] = set()  # in use by `send`
+        self._waiting: set[Pipeline] = set()  # in use by `wait`
         self._given_up: set[tuple[str, str]] = set()  # lost while calls were under way
         self._open = False
         self._took_s = math.inf  # the last call that was to be answered soon
@@ -187,30 +193,37 @@ class Pool:
                 self._give_back(pipeline)
             return answers
 
-    def send(self, command: Command, on_answer: Callable[[Answer], None]) -> bool:
-        """Send a command from a callback; False: no connection is free for it.
+    def wait(
+        self, *commands: Sequence[Arg] | Command, on_answers: Callable[[Waited], None]
+    ) -> Callable[[], None] | None:
+        """Send commands of which the first waits in Redis, less than `CALL_TIMEOUT_S`.
 
-        `on_answer` is called with the answer, or with a BrokerUnavailableError if the command is
-        to be sent again: no answer came, or Redis lost the script. It does not wait for its turn,
-        so the pool may come to one connection more than its size.
+        Returns what ends the wait (the connection is given up then), or None: no connection is
+        free for it. `on_answers` is called with the answers as soon as they are read, or with a
+        ConnectionLostError; a script that Redis lost is a BrokerUnavailableError among them. The
+        wait takes none of the pool's turns, so the pool may come to one connection more than its
+        size.
         """
         pipeline = self._take() if self._open and not self._given_up else None
         if pipeline is None:
-            return False
+            return None
 
-        def answered(answer: Any) -> None:
-            self._ahead.discard(pipeline)
+        def answered(answers: list[Any] | Exception) -> None:
+            self._waiting.discard(pipeline)
             self._give_back(pipeline)
-            if isinstance(answer, hiredis.ReplyError):
-                answer = refusal(str(answer))
-            elif isinstance(answer, Exception):
+            if isinstance(answers, Exception):
                 self._give_up(pipeline)
-                answer = ConnectionLostError(answer, self.where, sent=True)
-            on_answer(_unavailable(str(answer)) if isinstance(answer, _NoScript) else answer)
+                on_answers(ConnectionLostError(answers, self.where, sent=True))
+            else:
+                on_answers([_worth_repeating(answer) for answer in _translated(answers)])
 
-        self._ahead.add(pipeline)
-        pipeline.call_back(command.packed, answered)
-        return True
+        def end() -> None:
+            if pipeline in self._waiting:
+                pipeline.close()
+
+        self._waiting.add(pipeline)
+        pipeline.call_back(b"".join(map(_packed, commands)), len(commands), answered)
+        return end
 
     def _give_back(self, pipeline: Pipeline) -> None:
         if self._open:
@@ -355,7 +368,7 @@ class Pool:
     async def close(self) -> None:
         """Close every connection, and leave the embedded store; repeating it does nothing."""
         self._open = False
-        for pipeline in (*self._idle, *self._ahead):
+        for pipeline in (*self._idle, *self._waiting):
             pipeline.close()
         self._idle.clear()
         if self._store is not None:

@@ -58,12 +58,14 @@ class Pipeline(asyncio.Protocol):
         self._send(packed, call)
         return call.answered
 
-    def call_back(self, packed: bytes, on_answer: Callable[[Any], None]) -> None:
-        """Send a packed command; `on_answer` gets the answer as soon as it is read.
+    def call_back(
+        self, packed: bytes, commands: int, on_answers: Callable[[list[Any] | Exception], None]
+    ) -> None:
+        """Send packed commands; `on_answers` gets their answers as soon as they are read.
 
         Or what `call` raises: the event loop need not come round for either.
         """
-        self._send(packed, _CallBack(self._loop, on_answer))
+        self._send(packed, _CallBack(self._loop, commands, on_answers))
 
     def _send(self, packed: bytes, call: _Call | _CallBack) -> None:
         self._calls.append(call)
@@ -137,25 +139,29 @@ class _Call:
 
 
 class _CallBack:
-    __slots__ = ("_loop", "_on_answer", "answers", "ends_at")
+    __slots__ = ("_loop", "_on_answers", "answers", "commands", "ends_at")
 
-    commands = 1
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_answer: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        commands: int,
+        on_answers: Callable[[list[Any] | Exception], None],
+    ) -> None:
+        self.commands = commands
         self.answers: list[Any] = []
         self.ends_at = loop.time() + CALL_TIMEOUT_S
         self._loop = loop
-        self._on_answer = on_answer
+        self._on_answers = on_answers
 
     def end(self) -> None:
-        self._tell(self.answers[0])
+        self._tell(self.answers)
 
     def fail(self, error: Exception) -> None:
         self._tell(error)
 
-    def _tell(self, answer: Any) -> None:
+    def _tell(self, answers: list[Any] | Exception) -> None:
         try:
-            self._on_answer(answer)
+            self._on_answers(answers)
         except Exception as error:  # that of a caller, for which the connection is not to be lost
             message = "what an answer of Redis was for has failed"
             self._loop.call_exception_handler({"message": message, "exception": error})

@@ -141,6 +141,8 @@ class Lane:
         self.ended: deque[Ended] = deque()
         self.turn = 0.0  # tasks taken divided by the weight: the lowest is asked first
         self.empty = False  # nothing was pending, or it is paused: wait until told otherwise
+        self.awaited = False  # a request waits in Redis for its next task, so none need be told
+        self.awaitable = False  # one will, as soon as nothing runs here any more
         self.rejoins = False  # was empty, so its turn has fallen behind
         self.told = False  # the next request follows a change, see fruitless
         self.fruitless = 0  # changes in a row that brought no task: others were faster
@@ -152,7 +154,7 @@ class Lane:
         self.refused_until = 0.0  # Redis refuses requests for this queue: not before, likewise
 
     def found(self, tasks: int, wanted: int, now: float, *, more: bool = False) -> None:
-        """Note what a request for `wanted` tasks brought, and if `more` than that is pending.
+        """Note what a request for up to `wanted` tasks brought, and whether `more` is pending.
 
         `now` is the event loop's clock.
         """
@@ -163,7 +165,7 @@ class Lane:
             self.arm_at = now
         else:
             self._in_vain(now)
-        if tasks < wanted and not more:
+        if not more:
             self.empty = self.rejoins = True
             self.armed = False
             self.in_flight.unarmed.set()
@@ -174,8 +176,7 @@ class Lane:
         self.told = True
         if self.empty:
             self.empty = False
-            if not self.in_flight.hurry(self):
-                self.in_flight.changed.set()
+            self.in_flight.changed.set()
 
     # Of a hundred idle servers that hear of one push, one gets the task. Were all to ask at
     # once, each push would cost Redis a hundred calls. So a lane that asked in vain a few times
@@ -185,13 +186,22 @@ class Lane:
     # as tasks wait.
     #
     # No change is lost by that. An empty lane is either armed, so that the next change is told,
-    # or it will look at `arm_at`, and a look sees whatever changed before it, told or not.
+    # or it will look at `arm_at`, and a look sees whatever changed before it, told or not; or a
+    # request waits in Redis, or is about to.
+
+    def is_to_be_armed(self) -> bool:
+        """Whether a change of this lane would pass unnoticed."""
+        if not self.empty or self.armed or self.awaited:
+            return False
+        return not (self.awaitable and not self.in_flight.running)
 
     def tell(self, now: float) -> None:
         """A change was told: ask again, or look in a moment. `now` is the event loop's clock."""
         if not self.armed:
             return  # an old change: it is asked for, or looked at, after this
         self.armed = False
+        if self.awaited:
+            return  # whoever waits longest gets the task
         if self.fruitless < PATIENCE:
             self.wake()
         else:
@@ -250,7 +260,6 @@ class InFlight:
         self.lanes = {
             queue: Lane(self, queue, weight, limits.get(queue)) for queue, weight in queues.items()
         }
-        self.hurry: Callable[[Lane], bool] = _leave  # whether a lane that wakes is asked already
         self.running = 0
         self.servers = SERVERS_UNKNOWN  # all that Redis knows of, this one among them
         self.waiting: deque[Run] = deque()  # taken ahead, each for the next place that is free
@@ -333,10 +342,6 @@ class InFlight:
     def unsaved(self) -> int:
         """How many outcomes wait to be saved."""
         return sum(len(lane.ended) for lane in self.lanes.values())
-
-
-def _leave(_: Lane) -> bool:
-    return False
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, OptionError
 from asyncq.broker import pipeline
-from asyncq.broker.connection import ConnectionLostError, Pool
+from asyncq.broker.connection import ConnectionLostError, Pool, Waited
 from asyncq.broker.scripts import SCRIPTS
 from tests.chaos.proxy import proxied
 from tests.stores import Database, StoreServer
@@ -148,47 +148,81 @@ async def test_waiting_for_a_near_redis_lets_others_run(store_url: str) -> None:
 SENT = PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v")
 
 
-async def test_a_call_from_a_callback_is_answered_beside_others(store_url: str) -> None:
+BLOCKED: list[str | bytes | int] = ["BLPOP", "list", 5]
+
+
+async def waiting_pool(url: str) -> tuple[Pool, asyncio.Queue[Waited], Callable[[], None]]:
+    """A pool that waits for an element of "list", with a script behind."""
+    pool = Pool(url)
+    await pool.open()
+    answers: asyncio.Queue[Waited] = asyncio.Queue()
+    end = pool.wait(BLOCKED, SENT, on_answers=answers.put_nowait)
+    assert end is not None
+    return pool, answers, end
+
+
+async def test_a_wait_is_answered_beside_other_calls(store_url: str) -> None:
     pool = Pool(store_url)
     await pool.open()
     await pool.call(SENT)  # Redis knows the script from here on
-    answers: asyncio.Queue[object] = asyncio.Queue()
-    assert pool.send(SENT, answers.put_nowait)
+    await pool.close()
+    pool, answers, _ = await waiting_pool(store_url)
     assert await pool.call(["ECHO", "x"]) == [b"x"]
-    assert await answers.get() == 0
+    assert answers.empty()
+    await pool.call(["RPUSH", "list", "y"])
+    assert await answers.get() == [[b"list", b"y"], 0]
+    assert await pool.call(["ECHO", "x"]) == [b"x"]
     await pool.close()
 
 
-async def test_a_call_from_a_callback_is_to_be_repeated_when_redis_lost_the_script(
-    store_url: str,
-) -> None:
-    pool = Pool(store_url)
-    await pool.open()
-    await pool.call(["SCRIPT", "FLUSH"])
-    answers: asyncio.Queue[object] = asyncio.Queue()
-    assert pool.send(SENT, answers.put_nowait)
-    assert isinstance(await answers.get(), BrokerUnavailableError)
+async def test_a_wait_tells_that_redis_lost_the_script(store_url: str) -> None:
+    pool, answers, _ = await waiting_pool(store_url)
+    await pool.call(["SCRIPT", "FLUSH"], ["RPUSH", "list", "y"])
+    told = await answers.get()
+    assert isinstance(told, list)
+    assert told[0] == [b"list", b"y"]
+    assert isinstance(told[1], BrokerUnavailableError)
     assert await pool.call(SENT) == [0]
     await pool.close()
 
 
-async def test_a_callback_sends_nothing_without_a_connection_that_is_free(store_url: str) -> None:
-    pool = Pool(store_url)
-    answers: asyncio.Queue[object] = asyncio.Queue()
-    assert not pool.send(SENT, answers.put_nowait)
-    await pool.open()
-    assert pool.send(SENT, answers.put_nowait)
-    assert not pool.send(SENT, answers.put_nowait)
-    await answers.get()
+async def test_a_wait_that_is_ended_takes_nothing_more(store_url: str) -> None:
+    pool, answers, end = await waiting_pool(store_url)
+    end()
+    assert isinstance(answers.get_nowait(), ConnectionLostError)
+    await pool.call(["RPUSH", "list", "y"])
+    assert await pool.call(["LLEN", "list"]) == [1]
+    end()  # once more does no harm
+    assert await pool.call(["DEL", "list"]) == [1]
     await pool.close()
-    assert not pool.send(SENT, answers.put_nowait)
 
 
-async def test_a_call_from_a_callback_ends_with_the_pool(store_url: str) -> None:
+async def test_the_end_of_a_wait_that_is_over_leaves_its_connection_to_others(
+    store_url: str,
+) -> None:
+    pool, answers, end = await waiting_pool(store_url)
+    await pool.call(["RPUSH", "list", "y"])
+    await answers.get()
+    calls = [asyncio.create_task(pool.call(["ECHO", "x"])) for _ in range(2)]
+    await asyncio.sleep(0)
+    end()
+    assert await asyncio.gather(*calls) == [[b"x"], [b"x"]]
+    await pool.close()
+
+
+async def test_there_is_no_wait_without_a_connection_that_is_free(store_url: str) -> None:
     pool = Pool(store_url)
+    answers: asyncio.Queue[Waited] = asyncio.Queue()
+    assert pool.wait(BLOCKED, on_answers=answers.put_nowait) is None
     await pool.open()
-    answers: asyncio.Queue[object] = asyncio.Queue()
-    assert pool.send(SENT, answers.put_nowait)
+    assert pool.wait(BLOCKED, on_answers=answers.put_nowait)
+    assert pool.wait(BLOCKED, on_answers=answers.put_nowait) is None
+    await pool.close()
+    assert pool.wait(BLOCKED, on_answers=answers.put_nowait) is None
+
+
+async def test_a_wait_ends_with_the_pool(store_url: str) -> None:
+    pool, answers, _ = await waiting_pool(store_url)
     await pool.close()
     assert isinstance(await answers.get(), ConnectionLostError)
 

@@ -1,8 +1,9 @@
-"""Two calls of the pump under way, or one sent ahead: what becomes of tasks when they go wrong."""
+"""Two calls of the pump under way, or one held by Redis: what becomes of tasks if they go wrong."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -215,32 +216,119 @@ async def test_a_burst_after_a_rest_is_taken_by_both_and_the_rest_by_one(
     assert await queue.handled() == (5 * 1005, 0)
 
 
-# A request that an idle server has prepared
+# A request that Redis holds for a server on which nothing runs
 
 
-async def stands_by(server: Server) -> None:
-    """Wait until a request is prepared."""
-    await eventually(lambda: pump_of(server)._standby is not None)
+async def waits(server: Server) -> None:
+    """Wait until Redis holds a request."""
+    await eventually(lambda: pump_of(server)._end_wait is not None)
 
 
-@pytest.mark.parametrize("trouble", ["answer lost", "script lost"])
-async def test_a_request_that_was_sent_ahead_in_vain_is_sent_again(
+@pytest.mark.parametrize("trouble", ["answer lost", "script lost", "connection cut"])
+async def test_a_request_that_was_held_in_vain_is_sent_again(
     trouble: str, store: Database, client: Client, redis: Redis, queue: Queue
 ) -> None:
     ran = Ran()
     async with proxied(store) as proxy:
+        if trouble == "answer lost":
+            proxy.lose_reply("receive")
         server = Server(proxy.url)
         async with server.running(ran.mux):
-            await client.enqueue(Task("quick", task_id="a"))
-            await stands_by(server)
-            if trouble == "answer lost":
-                proxy.lose_reply("pump")
-            else:
+            await waits(server)
+            if trouble == "script lost":
                 await redis.script_flush()
+            elif trouble == "connection cut":
+                await proxy.cut()
+                await proxy.start()
+            await client.enqueue(Task("quick", task_id="a"))
+            await eventually(lambda: all_done(queue))
             await client.enqueue(Task("quick", task_id="b"))
             await eventually(lambda: all_done(queue))
             assert pump_of(server)._under_way() == []
     assert ran.counts == Counter("ab")
+    assert await queue.handled() == (2, 0)
+
+
+async def test_a_server_that_stops_takes_nothing_by_the_request_that_redis_holds(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    ran = Ran()
+    server = Server(store_url)
+    async with server.running(ran.mux):
+        await waits(server)
+        server.stop()
+        await client.enqueue(Task("quick", task_id="a"))
+    assert await queue.pending() == ["a"]
+    assert not ran.counts
+
+
+async def test_servers_that_stop_while_tasks_come_leave_each_task_in_one_place(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    """The end of a hold and the task that it was for cross each other."""
+    ran = Ran()
+    ids = [f"q{i}" for i in range(300)]
+    async with asyncio.timeout(60):
+        enqueueing = asyncio.create_task(_enqueue_slowly(client, ids))
+        while not enqueueing.done():
+            servers = [Server(store_url, concurrency=1) for _ in range(3)]
+            for server in servers:
+                await server.start(ran.mux)
+            await asyncio.sleep(0.01)
+            for server in servers:
+                await server.shutdown()
+        await enqueueing
+    left = await queue.pending()
+    assert sorted([*ran.counts, *left]) == sorted(ids)
+    assert set(ran.counts.values()) == {1}
+    assert await queue.state() == QueueState(pending=len(left), hashes=len(left))
+
+
+async def _enqueue_slowly(client: Client, ids: list[str]) -> None:
+    for task_id in ids:
+        await client.enqueue(Task("quick", task_id=task_id))
+        await asyncio.sleep(0.001)
+
+
+async def test_nothing_is_held_while_a_handler_runs_and_what_comes_then_is_told(
+    store_url: str, client: Client
+) -> None:
+    ran = Ran()
+    server = Server(store_url, concurrency=2, shutdown_timeout=0)
+    async with server.running(ran.mux):
+        for task_id in "ab":
+            await client.enqueue(Task("held", task_id=task_id))
+            await eventually(lambda task_id=task_id: ran.counts[task_id])  # type: ignore[misc]
+            assert pump_of(server)._end_wait is None
+
+
+async def test_a_queue_that_was_paused_while_redis_held_a_request_waits_for_its_end(
+    store_url: str, client: Client, redis: Redis, queue: Queue
+) -> None:
+    ran = Ran()
+    server = Server(store_url)
+    async with server.running(ran.mux):
+        await waits(server)
+        await redis.set(queue.keys.paused, "1")
+        await client.enqueue_many(Task("quick", task_id=i) for i in "ab")
+        await eventually(lambda: pump_of(server)._end_wait is None)
+        await eventually(lambda: pump_of(server)._lanes[0].armed)
+        assert await queue.pending() == ["a", "b"]
+        await redis.delete(queue.keys.paused)
+        await eventually(lambda: all_done(queue))
+    assert ran.counts == Counter("ab")
+
+
+async def test_of_many_servers_that_wait_each_gets_a_task(store_url: str, client: Client) -> None:
+    ran = [Ran() for _ in range(10)]
+    async with contextlib.AsyncExitStack() as stack:
+        for one in ran:
+            server = Server(store_url, shutdown_timeout=0)
+            await stack.enter_async_context(server.running(one.mux))
+            await waits(server)
+        for i in range(10):
+            await client.enqueue(Task("held", task_id=str(i)))
+        await eventually(lambda: all(one.counts.total() == 1 for one in ran))
 
 
 @pytest.mark.parametrize("queues", [{"low": 1, "high": 6}, {"high": 6, "low": 1}])
@@ -251,7 +339,8 @@ async def test_queues_that_get_tasks_in_the_same_moment_share_the_places_by_weig
     server = Server(store_url, concurrency=70, queues=queues, shutdown_timeout=0)
     async with server.running(ran.mux):
         await client.enqueue(Task("quick", task_id="first"), queue="low")
-        await stands_by(server)
+        await eventually(lambda: ran.counts["first"])
+        await eventually(lambda: all(lane.armed for lane in pump_of(server)._lanes))
         with SyncClient(store_url) as blocking:  # the server hears of both at once
             for name in ("low", "high"):
                 tasks = [Task("held", task_id=f"{name}{i}", queue=name) for i in range(100)]
@@ -260,9 +349,9 @@ async def test_queues_that_get_tasks_in_the_same_moment_share_the_places_by_weig
     assert 8 <= sum(task_id.startswith("low") for task_id in ran.counts) <= 12
 
 
-@pytest.mark.parametrize("defect", ["start", "read_answer"])
-async def test_a_defect_in_what_was_sent_ahead_stops_the_server(
-    defect: str, store_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["_execution.start", "_take"])
+async def test_a_defect_in_what_comes_from_a_held_request_stops_the_server(
+    part: str, store_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> Any:
         raise RuntimeError("a defect")
@@ -271,11 +360,9 @@ async def test_a_defect_in_what_was_sent_ahead_stops_the_server(
     server = Server(store_url)
     with pytest.raises(AsyncqError, match="died"):
         async with server.running(ran.mux):
-            await client.enqueue(Task("quick", task_id="first"))
-            await stands_by(server)
+            await waits(server)
             broken: Any = pump_of(server)
-            monkeypatch.setattr(
-                broken._execution if defect == "start" else broken._broker, defect, fails
-            )
-            await client.enqueue(Task("quick", task_id="second"))
+            *path, name = part.split(".")
+            monkeypatch.setattr(broken._execution if path else broken, name, fails)
+            await client.enqueue(Task("quick", task_id="first"))
             await eventually(server._shutdown_wanted.is_set)

@@ -1,7 +1,7 @@
 -- expired: finds tasks whose run is gone: the lease has ended, or there is none.
 -- KEYS    active, lease
 -- ARGV    prefix, limit
--- RETURNS {id, lease score or '', message or ''}...
+-- RETURNS {id, lease score or '', message or '', state or ''}...
 -- USES    limits, clock, lease
 -- A lease with a mark was made by Redis's clock and has ended when it says so. One without
 -- was made by a Go host's clock, so it gets Asynq's 30 s for skew.
@@ -13,9 +13,10 @@ local function report(id, score)
   if bytes > BATCH_BYTES then
     return
   end
-  local message = redis.pcall('HGET', prefix .. 't:' .. id, 'msg')
-  bytes = bytes + (type(message) == 'string' and #message or 0)
-  found[#found + 1] = { id, score, type(message) == 'string' and message or '' }
+  local fields = redis.pcall('HMGET', prefix .. 't:' .. id, 'msg', 'state') -- an error: no hash
+  local message, state = fields[1] or '', fields[2] or ''
+  bytes = bytes + #message
+  found[#found + 1] = { id, score, message, state }
 end
 
 local from, page = 0, 0
@@ -33,7 +34,7 @@ repeat
 until #ended == 0 or #found >= limit or page == 10
 
 -- The oldest of active stand at its tail. Fetching and finishing are atomic, in Go too, so
--- an id without a lease has lost it.
+-- an id without a lease has lost it; or it is on its way to who waits for it, see receive.
 local oldest = redis.call('LRANGE', active, -limit, -1)
 if #oldest > 0 then
   for i, score in ipairs(redis.call('ZMSCORE', lease, unpack(oldest))) do

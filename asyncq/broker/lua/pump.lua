@@ -3,26 +3,15 @@
 --         processed, failed
 -- ARGV    prefix, sequence, want, done[id, mark], moves[kind, id, mark, at, message, lock, result]
 -- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages,
---         1 if more was pending than one answer should carry}
--- USES    limits, types, clock, lease, counters, moves
+--         1 if more is pending}
+-- USES    limits, types, clock, lease, last, counters, moves
 -- A write that Redis allows at its memory limit comes first: it lets the rest of the script
 -- write too, so that workers drain a Redis that is full.
 redis.call('DEL', prefix)
 
--- The last answer was lost on its way: what it took was taken, what it saved was saved.
-local before = redis.call('GET', last)
-local tag = sequence .. ' '
-if before and string.sub(before, 1, #tag) == tag then
-  local mark_before, refused, broken, ids = unpack(cmsgpack.unpack(string.sub(before, #tag + 1)))
-  local kept, messages = {}, {}
-  for _, id in ipairs(ids) do
-    local message = redis.call('HGET', prefix .. 't:' .. id, 'msg')
-    if message and holds(redis.call('ZSCORE', lease, id), mark_before) then
-      kept[#kept + 1] = id
-      messages[#messages + 1] = message
-    end
-  end
-  return { time, mark_before, refused, broken, {}, kept, messages, 0 }
+local before = answered_before()
+if before then
+  return before
 end
 
 local refusal = wrong_type({ [pending] = 'list', [active] = 'list', [lease] = 'zset' })
@@ -36,13 +25,16 @@ local refused, broken = {}, {}
 -- in which every addition compares the scores of all members.
 local taken, messages, ghosts = {}, {}, {}
 local run_mark, bytes, more = 0, 0, 0
-if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 and redis.call('LLEN', pending) > 0 then
+local waiting = 0
+if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 then
+  waiting = redis.call('LLEN', pending)
+end
+if waiting > 0 then
   run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
   local ids = redis.call('RPOP', pending, want)
   local ends, leases = lease_until(now_s, run_mark), {}
   for i, id in ipairs(ids) do
     if bytes > BATCH_BYTES then
-      more = 1
       for j = #ids, i, -1 do -- back to where they were
         redis.call('RPUSH', pending, ids[j])
       end
@@ -65,6 +57,7 @@ if tonumber(want) > 0 and redis.call('EXISTS', paused) == 0 and redis.call('LLEN
       end
     end
   end
+  more = waiting > #taken + #ghosts and 1 or 0
   if #taken > 0 then
     redis.call('LPUSH', active, unpack(taken))
     redis.call('ZADD', lease, unpack(leases))
@@ -115,5 +108,5 @@ if done_n + moves_n > 0 then
   end
 end
 
-redis.call('SET', last, tag .. cmsgpack.pack({ run_mark, refused, broken, taken }), 'EX', 60)
+remember(run_mark, refused, broken, taken)
 return { time, run_mark, refused, broken, ghosts, taken, messages, more }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from asyncq.broker.broker import BATCH, Answered, Broker, Request
 from asyncq.errors import BrokerError, BrokerUnavailableError, MalformedMessageError
@@ -67,7 +68,11 @@ class Pump:
         self._first, *self._others = self._hands = [
             Hand(server_id), *(Hand(f"{server_id}.{i}") for i in range(2, HANDS + 1))
         ]  # fmt: skip
+        self._waiter = Hand(f"{server_id}.0")  # has Redis wait while the others rest
+        self._all = (*self._hands, self._waiter)
         self._lanes = sorted(in_flight.lanes.values(), key=lambda lane: -lane.weight)
+        self._may_wait = len(self._lanes) == 1
+        self._lanes[0].awaitable = self._may_wait
         self._sequences = itertools.count(1)
         self._trouble = Trouble("pump")
         self._refusals: dict[Lane, Trouble] = {}
@@ -77,15 +82,15 @@ class Pump:
         self._backlog = asyncio.Event()  # more is pending than was taken
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
-        self._last_served: Lane | None = None
-        self._standby: tuple[Lane, Request] | None = None
-        self._failed: BaseException | None = None  # what `_hurried` raised
-        in_flight.hurry = self._hurry
+        self._end_wait: Callable[[], None] | None = None  # of the request that Redis holds
+        self._failed: BaseException | None = None  # what `_received` raised
 
     def stop_fetching(self) -> None:
         """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
         self._stopping.set()
         self._backlog.clear()
+        if self._end_wait is not None:
+            self._end_wait()
         self._execution.put_back_waiting()
         self._in_flight.changed.set()
 
@@ -103,51 +108,53 @@ class Pump:
             if not await self.tick():
                 if not self._under_way():
                     self._quiet.set()
-                    self._stand_by()
+                    await self._wait()
                 await self._in_flight.changed.wait()
-                self._standby = None
                 if self._failed is not None:
                     raise self._failed
 
-    def _stand_by(self) -> None:
-        """Prepare what is to be sent when a task comes to the queue that had the last one.
+    async def _wait(self) -> None:
+        """While nothing runs here, have Redis hold a request until there is a task.
 
-        It asks for this queue's part of the places: others may be woken in the same moment.
-
-        All that is done between the news of a task and the request for it is done by a process
-        that was idle, whose caches are cold: there each step takes ten times as long.
+        Only for a server of one queue, since each would need a connection. Not while a handler
+        runs: one that blocks the event loop would hold up a task that another server could run.
         """
-        lane = self._last_served
-        if lane is None or not lane.empty or (self._strict and len(self._lanes) > 1):
+        lane = self._lanes[0]
+        if not self._is_to_wait(lane) or self._hold(lane):
             return
-        part = lane.weight / sum(lane.weight for lane in self._lanes)
-        want = min(self._room(lane, math.ceil(self._places() * part)), BATCH)
-        if want > 0 and not self._refused(lane):
-            request = Request(lane.queue, next(self._sequences), want)
-            self._broker.prepare(self._first.name, request)
-            self._standby = lane, request
+        with suppress(BrokerError):
+            await self._broker.ping()  # opens a connection, if all were in use
+        if self._is_to_wait(lane) and not self._hold(lane):
+            lane.awaitable = False
+            self._in_flight.unarmed.set()
 
-    def _hurry(self, lane: Lane) -> bool:
-        """A queue got a task: send what was prepared, if nothing else has changed since."""
-        standby, self._standby = self._standby, None
-        if standby is None or standby[0] is not lane or self._in_flight.changed.is_set():
+    def _is_to_wait(self, lane: Lane) -> bool:
+        idle = lane.empty and not lane.awaited and not self._in_flight.running
+        return lane.awaitable and idle and not self._stopping.is_set()
+
+    def _hold(self, lane: Lane) -> bool:
+        if self._refused(lane) or not self._room(lane, self._places()):
             return False
-        _, request = standby
-        request.ahead = True
-        self._first.unanswered[lane] = request
-        if not self._broker.pump_ahead(request, partial(self._hurried, lane, request)):
-            del self._first.unanswered[lane]
+        request = Request(lane.queue, next(self._sequences), want=1, held=True)
+        self._end_wait = self._broker.receive(
+            self._waiter.name, request, partial(self._received, lane, request)
+        )
+        if self._end_wait is None:
             return False
+        self._waiter.unanswered[lane] = request
+        lane.turn += request.want / lane.weight
+        lane.awaited = True
         return True
 
-    def _hurried(self, lane: Lane, request: Request, raw: Any) -> None:
-        request.ahead = False
-        self._let_rejoin([one for one in self._lanes if not one.empty])  # woken in the same moment
-        lane.turn += request.want / lane.weight
+    def _received(
+        self, lane: Lane, request: Request, answer: Answered | BrokerError, in_vain: bool
+    ) -> None:
+        self._end_wait = None
+        lane.awaited = request.held = False
+        lane.awaitable = not in_vain  # until it has a task again
         try:
-            answer = self._broker.read_answer(raw)
             if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
-                self._answer(self._first, lane, request, answer)
+                self._answer(self._waiter, lane, request, answer)
         except BaseException as error:  # no task of ours would end by it
             self._failed = error
         self._in_flight.changed.set()
@@ -162,7 +169,6 @@ class Pump:
             if not hand.unanswered:
                 await self._backlog.wait()
             await _let_begin()
-            self._standby = None  # it holds while nothing has changed
             self._in_flight.changed.clear()
             if not await self._turn(hand):
                 await self._in_flight.changed.wait()
@@ -178,7 +184,11 @@ class Pump:
 
     async def tick(self) -> int:
         """Do one round trip for every queue that needs one; return the number of requests."""
-        return await (self._one_after_the_other() if self._strict else self._turn(self._first))
+        again = {lane: one for lane, one in self._waiter.unanswered.items() if not one.held}
+        if again:
+            await self._send(self._waiter, again)
+        asked = await (self._one_after_the_other() if self._strict else self._turn(self._first))
+        return len(again) + asked
 
     async def _turn(self, hand: Hand) -> int:
         requests = self._requests(hand)
@@ -214,11 +224,11 @@ class Pump:
     def _request(self, hand: Hand, lane: Lane, want: int) -> dict[Lane, Request]:
         """What to ask of one queue, if anything; an unanswered request goes first, as it is."""
         if again := hand.unanswered.get(lane):
-            return {} if again.ahead else {lane: again}
+            return {lane: again}
         if (not want and not lane.ended) or self._refused(lane):
             return {}
         if self._stopping.is_set() and lane.ended:
-            if any(other.unanswered for other in self._hands):  # what it brings goes back before
+            if self._under_way():  # what it brings goes back before
                 return {}
             _last_taken_first(lane.ended)
         request = Request(lane.queue, next(self._sequences), want)
@@ -233,8 +243,11 @@ class Pump:
         free = sum(not hand.unanswered for hand in self._hands) or 1
         return min(n, most, max(WORTH_OVERLAPPING, -(-n // free)))
 
+    def _unanswered(self) -> list[Request]:
+        return [request for hand in self._all for request in hand.unanswered.values()]
+
     def _under_way(self) -> list[Request]:
-        return [request for hand in self._hands for request in hand.unanswered.values()]
+        return [request for request in self._unanswered() if not request.held]
 
     def _refused(self, lane: Lane) -> bool:
         return lane.refused_until > asyncio.get_running_loop().time()
@@ -242,11 +255,11 @@ class Pump:
     def _places(self) -> int:
         if self._stopping.is_set():
             return 0
-        return self._in_flight.free - sum(request.want for request in self._under_way())
+        return self._in_flight.free - sum(request.want for request in self._unanswered())
 
     def _room(self, lane: Lane, places: int) -> int:
-        asked = sum(hand.unanswered[lane].want for hand in self._hands if lane in hand.unanswered)
-        return lane.room(places, asked)
+        asked = [hand.unanswered[lane] for hand in self._all if lane in hand.unanswered]
+        return lane.room(places, sum(request.want for request in asked))
 
     def _share(self, hand: Hand, places: int) -> dict[Lane, int]:
         """Deal places, each parcel to the queue that has had the least for its weight."""
@@ -260,7 +273,11 @@ class Pump:
         }
         if len(rooms) <= 1:
             return rooms
-        self._let_rejoin(list(rooms))
+        level = min((lane.turn for lane in rooms if not lane.rejoins), default=0.0)
+        for lane in rooms:
+            if lane.rejoins:  # it was empty: no debts, and nothing to catch up
+                lane.turn = level
+                lane.rejoins = False
         turns = {lane: lane.turn for lane in rooms}
         wants = dict.fromkeys(rooms, 0)
         parcel = -(-places // PARCELS)  # rounded up
@@ -273,14 +290,6 @@ class Pump:
             if wants[lane] == rooms[lane]:
                 del turns[lane]
         return wants
-
-    def _let_rejoin(self, lanes: list[Lane]) -> None:
-        """A queue that was empty starts level with the others: no debts, nothing to catch up."""
-        level = min((lane.turn for lane in lanes if not lane.rejoins), default=0.0)
-        for lane in lanes:
-            if lane.rejoins:
-                lane.turn = level
-                lane.rejoins = False
 
     async def _send(self, hand: Hand, requests: dict[Lane, Request]) -> None:
         if not requests:
@@ -353,7 +362,7 @@ class Pump:
             now = asyncio.get_running_loop().time()
             lane.found(got, request.want, now, more=answer.more)
             if got:
-                self._last_served = lane
+                lane.awaitable = self._may_wait
             if lane.empty and all(lane.empty for lane in self._lanes):
                 self._backlog.clear()
             elif got >= WORTH_OVERLAPPING and not self._stopping.is_set():

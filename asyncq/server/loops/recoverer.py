@@ -61,6 +61,8 @@ class Recoverer(Loop):
     ) -> tuple[Expired, str, int | str, bytes]:
         if not found.message:
             return found, "forget", 0, b""
+        if not found.score and found.state == b"pending":  # moved for a worker that was gone
+            return found, "requeue", 0, b""
         try:
             message = decode(found.id, queue, found.message)
         except MalformedMessageError as error:

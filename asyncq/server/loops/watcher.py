@@ -85,10 +85,10 @@ class Watcher:
         unknown = [lane for lane in lanes if not lane.due_known]
         if unknown:
             await self._learn_due(self._listener, unknown)
-        empty = [lane for lane in lanes if lane.empty and not lane.armed and lane.arm_at <= now]
-        if empty:
-            await self._arm(self._listener, empty)
-        return len(empty)
+        unarmed = [lane for lane in lanes if lane.is_to_be_armed() and lane.arm_at <= now]
+        if unarmed:
+            await self._arm(self._listener, unarmed)
+        return len(unarmed)
 
     async def _arm(self, listener: Listener, lanes: list[Lane]) -> None:
         for lane in lanes:  # before the read: what is told while it is under way counts
@@ -120,9 +120,8 @@ class Watcher:
 
     def _next_at(self) -> float:
         """When there is something to arm, by the event loop's clock."""
-        waiting = [
-            lane.arm_at for lane in self._in_flight.lanes.values() if lane.empty and not lane.armed
-        ]
+        lanes = self._in_flight.lanes.values()
+        waiting = [lane.arm_at for lane in lanes if lane.is_to_be_armed()]
         return min([self._rearm_at, *waiting])
 
     async def _sleep(self, pause_s: float) -> None:

@@ -109,7 +109,7 @@ async def test_a_limited_queue_has_room_for_its_limit() -> None:
     assert world.lanes["high"].room(5) == 5
 
 
-async def test_a_queue_that_gave_less_than_asked_is_empty_until_it_is_woken() -> None:
+async def test_a_queue_that_gave_all_it_had_is_empty_until_it_is_woken() -> None:
     world = in_flight()
     lane = world.lanes["low"]
     lane.found(3, 5, now=100.0)
@@ -121,10 +121,35 @@ async def test_a_queue_that_gave_less_than_asked_is_empty_until_it_is_woken() ->
     assert world.changed.is_set()
 
 
-async def test_a_queue_that_gave_all_that_was_asked_is_asked_again() -> None:
+async def test_a_queue_with_more_than_it_gave_is_asked_again() -> None:
     lane = in_flight().lanes["low"]
-    lane.found(5, 5, now=100.0)
+    lane.found(5, 5, now=100.0, more=True)
     assert not lane.empty
+    lane.found(5, 5, now=100.0)
+    assert lane.empty
+
+
+async def test_an_empty_lane_is_armed_unless_a_request_waits_in_redis() -> None:
+    lane = in_flight().lanes["low"]
+    assert not lane.is_to_be_armed()
+    lane.found(0, 5, now=100.0)
+    assert lane.is_to_be_armed()
+    lane.awaited = True
+    assert not lane.is_to_be_armed()
+    lane.armed = True  # still, from before
+    lane.tell(100.0)
+    assert lane.empty  # it gets the task without asking
+
+
+async def test_a_lane_that_will_be_awaited_is_armed_while_something_runs() -> None:
+    lane = in_flight().lanes["low"]
+    lane.awaitable = True
+    lane.found(0, 5, now=100.0)
+    assert not lane.is_to_be_armed()
+    run = run_of(lane)
+    assert lane.is_to_be_armed()
+    lane.in_flight.end(run, DONE)
+    assert not lane.is_to_be_armed()
 
 
 def in_doubt(*, servers: int = 2) -> Lane:

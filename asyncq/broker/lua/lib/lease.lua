@@ -3,7 +3,7 @@
 local LEASE_S = 31 -- whole seconds are cut, so at least 30 s remain, Asynq's lease
 local MARKS = 1048576
 
-local function lease_until(now, mark)
+local function lease_until(now, mark) -- now: Redis's own, in seconds
   return string.format('%.17g', now + LEASE_S + mark / MARKS)
 end
 

@@ -1,0 +1,44 @@
+-- receive: takes the task that BLMOVE put into active in front of this call, if there is one.
+-- KEYS    pending, active, lease, paused, mark, last
+-- ARGV    prefix, sequence
+-- RETURNS {time {s, us}, mark, {}, {}, ghost ids, ids, messages, 1 if more may be pending}
+-- USES    lease, last
+-- It runs while somebody waits for it, in a Redis that was idle: there each call of Redis and
+-- each library takes some 10 µs, so it does without what is not needed for one task.
+local time = redis.call('TIME')
+local LOOKED_AT = 100 -- of the youngest in active: others may have been served in this moment
+
+-- What was moved and not yet taken is still called pending. If BLMOVE served several clients at
+-- once, it does not matter who takes whose.
+local id, key, message
+for _, one in ipairs(redis.call('LRANGE', active, 0, LOOKED_AT - 1)) do
+  key = prefix .. 't:' .. one
+  local found = redis.pcall('HMGET', key, 'msg', 'state')
+  if found[2] == 'pending' or (not found[2] and not redis.call('ZSCORE', lease, one)) then
+    id, message = one, found[1]
+    if not message then -- no hash, or no hash with a message: nothing that could be run
+      redis.call('LREM', active, 1, id)
+      if not found.err then
+        redis.call('UNLINK', key)
+      end
+      return { time, 0, {}, {}, { id }, {}, {}, 0 }
+    end
+    break
+  end
+end
+
+if not id then
+  return { time, 0, {}, {}, {}, {}, {}, 0 }
+end
+if redis.call('EXISTS', paused) == 1 then
+  redis.call('LREM', active, 1, id)
+  redis.call('RPUSH', pending, id)
+  return { time, 0, {}, {}, {}, {}, {}, 0 }
+end
+
+redis.call('HDEL', key, 'pending_since') -- first, as it is allowed at the memory limit, see pump
+local run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
+redis.call('HSET', key, 'state', 'active')
+redis.call('ZADD', lease, lease_until(time[1], run_mark), id)
+remember(run_mark, {}, {}, { id })
+return { time, run_mark, {}, {}, {}, { id }, { message }, 1 }

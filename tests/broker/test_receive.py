@@ -1,0 +1,299 @@
+"""Redis holds a request until there is a task: who gets it, and what becomes of a failed one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from asyncq import BrokerError, BrokerUnavailableError, Client, Task
+from asyncq.broker import broker as broker_module
+from asyncq.broker.broker import Answered, Broker, Request
+from asyncq.broker.scripts import SCRIPTS
+from asyncq.server.in_flight import InFlight
+from asyncq.server.loops.recoverer import Recoverer
+from tests.chaos.live import Queue, QueueState, eventually
+from tests.chaos.proxy import proxied
+from tests.stores import Database
+
+sequences = itertools.count(1)
+
+
+@pytest.fixture
+async def broker(each_store: Database) -> AsyncIterator[Broker]:
+    broker = Broker(each_store.url)
+    await broker.open()
+    yield broker
+    await broker.close()
+
+
+@pytest.fixture
+async def client(each_store: Database) -> AsyncIterator[Client]:
+    async with Client(each_store.url) as client:
+        yield client
+
+
+@pytest.fixture
+async def queue(each_store: Database) -> AsyncIterator[Queue]:
+    async with Redis.from_url(each_store.url) as redis:
+        yield Queue(redis)
+
+
+class Waiting:
+    """A request that Redis holds, of the server `name`."""
+
+    def __init__(self, broker: Broker, name: str = "s1") -> None:
+        self.broker = broker
+        self.name = name
+        self.request = Request("default", next(sequences), 1)
+        self.answer: asyncio.Future[tuple[Answered | BrokerError, bool]]
+        self.end: Callable[[], None]
+
+    async def begin(self) -> Waiting:
+        """Wait until Redis holds it."""
+        await self.broker.pool.call(["SCRIPT", "LOAD", SCRIPTS["receive"].text])
+        self.answer = asyncio.get_running_loop().create_future()
+        before = await self._blocked()
+        end = self.broker.receive(self.name, self.request, self._answered)
+        assert end is not None
+        self.end = end
+        await eventually(lambda: self._is_held(before))
+        return self
+
+    async def _is_held(self, before: int) -> bool:
+        return self.answer.done() or await self._blocked() > before
+
+    async def _blocked(self) -> int:
+        (info,) = await self.broker.pool.ask(["INFO", "clients"])
+        return int(info.split(b"blocked_clients:")[1].split()[0])
+
+    def _answered(self, answer: Answered | BrokerError, in_vain: bool) -> None:
+        self.answer.set_result((answer, in_vain))
+
+    async def got(self) -> list[str]:
+        """The ids that came, and that this was not in vain."""
+        answer, in_vain = await self.answer
+        assert isinstance(answer, Answered), answer
+        assert in_vain is False
+        return answer.ids
+
+    async def again(self) -> Answered:
+        """What comes when the answer was lost and the request is sent again."""
+        (answer,) = await self.broker.pump(self.name, [self.request])
+        assert isinstance(answer, Answered), answer
+        return answer
+
+
+async def test_a_task_comes_when_it_is_put_on_the_queue(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    await client.enqueue(Task("t", task_id="a"))
+    assert await waiting.got() == ["a"]
+    answer, _ = waiting.answer.result()
+    assert isinstance(answer, Answered)
+    assert answer.messages == [await queue.redis.hget(queue.keys.task("a"), "msg")]
+    assert await queue.state() == QueueState(active=1, lease=1, hashes=1)
+    lease = (await queue.leases())["a"]
+    assert 30 <= lease - answer.now <= 32
+    assert (lease % 1) * 2**20 == answer.mark
+    assert await queue.in_state("a") == "active"
+    assert not await queue.redis.hexists(queue.keys.task("a"), "pending_since")
+
+
+async def test_one_task_is_taken_and_more_may_be_pending(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    await client.enqueue_many(Task("t", task_id=i) for i in "abc")
+    assert await waiting.got() == ["a"]
+    answer, _ = waiting.answer.result()
+    assert isinstance(answer, Answered)
+    assert answer.more
+    assert await queue.pending() == ["b", "c"]
+
+
+async def test_each_of_those_who_wait_gets_a_task_of_its_own(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = [await Waiting(broker, f"s{i}").begin() for i in range(5)]
+    await client.enqueue_many(Task("t", task_id=i) for i in "abcdefg")
+    got = [await one.got() for one in waiting]
+    assert sorted(itertools.chain(*got)) == [*"abcde"]
+    assert [len(ids) for ids in got] == [1] * 5
+    assert await queue.pending() == ["f", "g"]
+    assert (await queue.leases()).keys() == {*"abcde"}
+
+
+async def test_one_task_goes_to_who_has_waited_longest(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    first, second = await Waiting(broker, "s1").begin(), await Waiting(broker, "s2").begin()
+    await client.enqueue(Task("t", task_id="a"))
+    assert await first.got() == ["a"]
+    assert not second.answer.done()
+    await client.enqueue(Task("t", task_id="b"))
+    assert await second.got() == ["b"]
+
+
+async def test_a_wait_without_a_task_ends_and_was_not_in_vain(
+    broker: Broker, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "WAIT_S", 0.01)
+    waiting = await Waiting(broker).begin()
+    assert await waiting.got() == []
+    assert await queue.state() == QueueState()
+
+
+async def test_a_paused_queue_keeps_its_task_in_its_place(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    await queue.redis.set(queue.keys.paused, "1")
+    await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+    answer, in_vain = await waiting.answer
+    assert isinstance(answer, Answered)
+    assert (answer.ids, answer.more, in_vain) == ([], False, True)
+    assert await queue.pending() == ["a", "b"]
+    assert await queue.state() == QueueState(pending=2, hashes=2)
+
+
+@pytest.mark.parametrize("ghost", ["nothing", "a hash without a message", "a string"])
+async def test_an_id_without_its_task_is_dropped_and_named(
+    ghost: str, broker: Broker, queue: Queue
+) -> None:
+    key = queue.keys.task("ghost")
+    if ghost == "a hash without a message":
+        await queue.redis.hset(key, "state", "pending")
+    elif ghost == "a string":
+        await queue.redis.set(key, "of another program")
+    waiting = await Waiting(broker).begin()
+    await queue.redis.lpush(queue.keys.pending, "ghost")
+    answer, in_vain = await waiting.answer
+    assert isinstance(answer, Answered)
+    assert (answer.ids, answer.ghosts, in_vain) == ([], ["ghost"], True)
+    assert await queue.redis.exists(queue.keys.active, queue.keys.lease) == 0
+    assert await queue.redis.exists(key) == (ghost == "a string")
+
+
+async def test_what_has_lost_its_lease_is_left_to_the_recoverer(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    await client.enqueue(Task("t", task_id="orphan"))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await queue.redis.hset(queue.keys.task("orphan"), "state", "active")
+    waiting = await Waiting(broker).begin()
+    await client.enqueue(Task("t", task_id="a"))
+    assert await waiting.got() == ["a"]
+    assert (await queue.leases()).keys() == {"a"}
+
+
+async def test_a_key_that_is_no_list_is_waited_for_in_vain(broker: Broker, queue: Queue) -> None:
+    await queue.redis.set(queue.keys.pending, "of another program")
+    waiting = await Waiting(broker).begin()
+    answer, in_vain = await waiting.answer
+    assert isinstance(answer, Answered)
+    assert (answer.ids, in_vain) == ([], True)
+
+
+async def test_a_key_of_our_own_that_was_spoiled_is_an_error_and_loses_nothing(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    await queue.redis.set(queue.keys.mark, "of another program")
+    waiting = await Waiting(broker).begin()
+    await client.enqueue(Task("t", task_id="a"))
+    answer, in_vain = await waiting.answer
+    assert isinstance(answer, BrokerError)
+    assert not isinstance(answer, BrokerUnavailableError)
+    assert in_vain
+    await queue.redis.delete(queue.keys.mark)
+    await Recoverer(broker, in_flight()).tick()
+    assert await queue.pending() == ["a"]
+
+
+async def test_a_request_whose_answer_was_lost_gets_the_same_task_again(
+    each_store: Database, client: Client, queue: Queue
+) -> None:
+    async with proxied(each_store) as proxy:
+        broker = Broker(proxy.url)
+        await broker.open()
+        proxy.lose_reply("receive")
+        waiting = await Waiting(broker).begin()
+        await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+        answer, _ = await waiting.answer
+        assert isinstance(answer, BrokerUnavailableError)
+        assert (await waiting.again()).ids == ["a"]
+        assert await queue.pending() == ["b"]
+        await broker.close()
+
+
+async def test_a_script_that_redis_lost_meanwhile_still_gets_the_task(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    await queue.redis.script_flush()
+    await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+    answer, _ = await waiting.answer
+    assert isinstance(answer, BrokerUnavailableError)
+    assert (await waiting.again()).ids == ["a"]
+    assert (await queue.leases()).keys() == {"a"}
+
+
+async def test_a_wait_that_was_ended_gets_what_it_had_got_and_nothing_else(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    waiting.end()
+    answer, _ = waiting.answer.result()
+    assert isinstance(answer, BrokerUnavailableError)
+    assert (await waiting.again()).ids == []  # Redis has ended the wait before
+    await client.enqueue(Task("t", task_id="a"))
+    assert await queue.pending() == ["a"]
+
+
+async def test_a_task_that_was_moved_for_a_client_that_was_gone_is_not_lost(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    """As when the client dies between the two commands; it spends no retry."""
+    await client.enqueue(Task("t", task_id="a", max_retry=0))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    assert await Recoverer(broker, in_flight()).tick() == 1
+    assert await queue.pending() == ["a"]
+    assert (await queue.message("a")).retried == 0
+    assert await queue.state() == QueueState(pending=1, hashes=1)
+
+
+async def test_the_recoverer_leaves_alone_what_was_taken_or_done_meanwhile(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    await client.enqueue(Task("t", task_id="a"))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    (found,) = await broker.expired("default")
+    await queue.redis.delete(queue.keys.task("a"), queue.keys.active)  # received, run and done
+    assert await broker.recover("default", [(found, "requeue", 0, b"")]) == 0
+    assert await queue.state() == QueueState()
+
+
+async def test_a_full_redis_still_gives_its_task(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    await queue.redis.script_flush()  # so that the script runs later than the move
+    await client.enqueue(Task("t", task_id="a"))
+    await waiting.answer
+    try:
+        await queue.redis.config_set("maxmemory", "1")
+        assert (await waiting.again()).ids == ["a"]
+    finally:
+        await queue.redis.config_set("maxmemory", "0")
+    assert (await queue.leases()).keys() == {"a"}
+
+
+def in_flight() -> InFlight:
+    async def annotate(queue: str, task_id: str, mark: int, name: str, value: bytes) -> bool:
+        return True
+
+    return InFlight({"default": 1}, 10, annotate)
