@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from asyncq.broker import keys
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, Waited, refusal
+from asyncq.broker.connection import Answer, ConnectionLostError, EndWait, Pool, Waited, refusal
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import SCRIPTS, Call, Command
@@ -251,14 +251,14 @@ class Broker:
         server_id: str,
         request: Request,
         on_answer: Callable[[Answered | BrokerError, bool], None],
-    ) -> Callable[[], None] | None:
+    ) -> EndWait | None:
         """Send a request for one task, which Redis answers when there is one, or in `WAIT_S`.
 
         The task is moved by Redis itself, which wakes one waiting client for each task that is
         put on the queue, and taken by the script that stands behind: so the news of a task is
         the task itself, and nobody else is woken by it.
 
-        Returns what ends the wait, as a lost connection does, or None: not possible now.
+        Returns what ends the wait, so that the answer comes, or None: not possible now.
         `on_answer` gets the answer, and whether it was in vain: waiting again at once would bring
         nothing either. Where the answer is unavailable the request is to be sent again, by `pump`.
         """

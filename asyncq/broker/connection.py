@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -42,6 +42,8 @@ Answer = Any
 """What Redis answered: bytes, int, None or lists of these; a `BrokerError` where it refused."""
 
 Waited: TypeAlias = "list[Answer] | ConnectionLostError"
+
+EndWait: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class ConnectionLostError(BrokerUnavailableError):
@@ -195,11 +197,11 @@ class Pool:
 
     def wait(
         self, *commands: Sequence[Arg] | Command, on_answers: Callable[[Waited], None]
-    ) -> Callable[[], None] | None:
+    ) -> EndWait | None:
         """Send commands of which the first waits in Redis, less than `CALL_TIMEOUT_S`.
 
-        Returns what ends the wait (the connection is given up then), or None: no connection is
-        free for it. `on_answers` is called with the answers as soon as they are read, or with a
+        Returns what ends the wait, so that the answers come, or None: no connection is free for
+        it. `on_answers` is called with the answers as soon as they are read, or with a
         ConnectionLostError; a script that Redis lost is a BrokerUnavailableError among them. The
         wait takes none of the pool's turns, so the pool may come to one connection more than its
         size.
@@ -217,13 +219,23 @@ class Pool:
             else:
                 on_answers([_worth_repeating(answer) for answer in _translated(answers)])
 
-        def end() -> None:
-            if pipeline in self._waiting:
+        async def end() -> None:
+            if pipeline in self._waiting and not await self._unblock(pipeline):
                 pipeline.close()
 
         self._waiting.add(pipeline)
         pipeline.call_back(b"".join(map(_packed, commands)), len(commands), answered)
         return end
+
+    async def _unblock(self, pipeline: Pipeline) -> bool:
+        """End a wait; by closing, what Redis has begun for it would stay half done."""
+        if pipeline.known_as is None:
+            return False
+        try:
+            (answer,) = await self.call(["CLIENT", "UNBLOCK", pipeline.known_as[0]])
+        except BrokerUnavailableError:
+            return False
+        return not isinstance(answer, BrokerError)
 
     def _give_back(self, pipeline: Pipeline) -> None:
         if self._open:

@@ -165,8 +165,9 @@ class Lane:
             self.arm_at = now
         else:
             self._in_vain(now)
-        if not more:
-            self.empty = self.rejoins = True
+        self.empty = not more
+        if self.empty:
+            self.rejoins = True
             self.armed = False
             self.in_flight.unarmed.set()
 

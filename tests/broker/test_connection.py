@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, OptionError
 from asyncq.broker import pipeline
-from asyncq.broker.connection import ConnectionLostError, Pool, Waited
+from asyncq.broker.connection import ConnectionLostError, EndWait, Pool, Waited
 from asyncq.broker.scripts import SCRIPTS
 from tests.chaos.proxy import proxied
 from tests.stores import Database, StoreServer
@@ -151,7 +151,7 @@ SENT = PAUSED.on({"lease": "l"})(task="t", id="i", mark=1, field="f", value=b"v"
 BLOCKED: list[str | bytes | int] = ["BLPOP", "list", 5]
 
 
-async def waiting_pool(url: str) -> tuple[Pool, asyncio.Queue[Waited], Callable[[], None]]:
+async def waiting_pool(url: str) -> tuple[Pool, asyncio.Queue[Waited], EndWait]:
     """A pool that waits for an element of "list", with a script behind."""
     pool = Pool(url)
     await pool.open()
@@ -186,15 +186,30 @@ async def test_a_wait_tells_that_redis_lost_the_script(store_url: str) -> None:
     await pool.close()
 
 
-async def test_a_wait_that_is_ended_takes_nothing_more(store_url: str) -> None:
+async def test_a_wait_that_is_ended_is_answered(store_url: str) -> None:
     pool, answers, end = await waiting_pool(store_url)
-    end()
-    assert isinstance(answers.get_nowait(), ConnectionLostError)
+    await pool.call(SENT)
+    await end()
+    assert await answers.get() == [None, 0]
+    await end()  # once more does no harm
     await pool.call(["RPUSH", "list", "y"])
     assert await pool.call(["LLEN", "list"]) == [1]
-    end()  # once more does no harm
-    assert await pool.call(["DEL", "list"]) == [1]
     await pool.close()
+
+
+async def test_a_wait_that_may_not_be_ended_is_given_up(store_url: str) -> None:
+    async with Redis.from_url(store_url) as redis:
+        rights = ["-client", "+client|info", "+client|kill"]
+        await redis.execute_command("ACL", "SETUSER", "default", *rights)
+        try:
+            pool, answers, end = await waiting_pool(store_url)
+            await end()
+            assert isinstance(await answers.get(), ConnectionLostError)
+            await pool.call(["RPUSH", "list", "y"])
+            assert await pool.call(["LLEN", "list"]) == [1]
+            await pool.close()
+        finally:
+            await redis.execute_command("ACL", "SETUSER", "default", "+client")
 
 
 async def test_the_end_of_a_wait_that_is_over_leaves_its_connection_to_others(
@@ -205,7 +220,7 @@ async def test_the_end_of_a_wait_that_is_over_leaves_its_connection_to_others(
     await answers.get()
     calls = [asyncio.create_task(pool.call(["ECHO", "x"])) for _ in range(2)]
     await asyncio.sleep(0)
-    end()
+    await end()
     assert await asyncio.gather(*calls) == [[b"x"], [b"x"]]
     await pool.close()
 

@@ -23,7 +23,7 @@ Stored: TypeAlias = str | dict[str, Any]
 Rule: TypeAlias = Literal["cut", "up", "marked"]
 """How an instant becomes a score of whole seconds: cut, rounded up, or a lease of ours."""
 
-OUR_KEYS = re.compile(r"asyncq:\{.*\}:(due|mark|last:[0-9a-f-]{36})")
+OUR_KEYS = re.compile(r"asyncq:\{.*\}:(due|mark|last:[0-9a-f-]{36}(\.\d)?)")
 """Every key that we write beside Asynq's; one that is not here is a mistake."""
 
 MESSAGES = (

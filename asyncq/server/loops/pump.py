@@ -7,12 +7,12 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Final
 
 from asyncq.broker.broker import BATCH, Answered, Broker, Request
+from asyncq.broker.connection import EndWait
 from asyncq.errors import BrokerError, BrokerUnavailableError, MalformedMessageError
 from asyncq.message import decode, quarantined
 from asyncq.outcome import Ended, Outcome
@@ -82,15 +82,13 @@ class Pump:
         self._backlog = asyncio.Event()  # more is pending than was taken
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
-        self._end_wait: Callable[[], None] | None = None  # of the request that Redis holds
+        self._end_wait: EndWait | None = None  # of the request that Redis holds
         self._failed: BaseException | None = None  # what `_received` raised
 
     def stop_fetching(self) -> None:
         """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
         self._stopping.set()
         self._backlog.clear()
-        if self._end_wait is not None:
-            self._end_wait()
         self._execution.put_back_waiting()
         self._in_flight.changed.set()
 
@@ -105,6 +103,8 @@ class Pump:
         while True:
             await _let_begin()
             self._in_flight.changed.clear()
+            if self._end_wait is not None and self._stopping.is_set():
+                await self._end_wait()
             if not await self.tick():
                 if not self._under_way():
                     self._quiet.set()
@@ -178,7 +178,7 @@ class Pump:
     async def drained(self) -> None:
         """Wait until no request is unanswered and every outcome is saved."""
         self._in_flight.changed.set()
-        while self._under_way() or self._in_flight.unsaved():
+        while self._unanswered() or self._in_flight.unsaved():
             self._quiet.clear()
             await self._quiet.wait()
 

@@ -127,6 +127,8 @@ async def test_a_queue_with_more_than_it_gave_is_asked_again() -> None:
     assert not lane.empty
     lane.found(5, 5, now=100.0)
     assert lane.empty
+    lane.found(1, 1, now=100.0, more=True)
+    assert not lane.empty
 
 
 async def test_an_empty_lane_is_armed_unless_a_request_waits_in_redis() -> None:
