@@ -192,6 +192,18 @@ async def test_what_has_lost_its_lease_is_left_to_the_recoverer(
     assert (await queue.leases()).keys() == {"a"}
 
 
+async def test_what_has_a_lease_is_not_taken_whatever_its_hash_says(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    await client.enqueue(Task("t", task_id="leased"))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await queue.redis.zadd(queue.keys.lease, {"leased": 4_000_000_000})
+    waiting = await Waiting(broker).begin()
+    await client.enqueue(Task("t", task_id="a"))
+    assert await waiting.got() == ["a"]
+    assert (await queue.leases())["leased"] == 4_000_000_000
+
+
 async def test_a_key_that_is_no_list_is_waited_for_in_vain(broker: Broker, queue: Queue) -> None:
     await queue.redis.set(queue.keys.pending, "of another program")
     waiting = await Waiting(broker).begin()

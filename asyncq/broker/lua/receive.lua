@@ -8,13 +8,13 @@
 local time = redis.call('TIME')
 local LOOKED_AT = 100 -- of the youngest in active: others may have been served in this moment
 
--- What was moved and not yet taken is still called pending. If BLMOVE served several clients at
--- once, it does not matter who takes whose.
+-- What was moved and not yet taken has no lease, and is not called active. If BLMOVE served
+-- several clients at once, it does not matter who takes whose.
 local id, key, message
 for _, one in ipairs(redis.call('LRANGE', active, 0, LOOKED_AT - 1)) do
   key = prefix .. 't:' .. one
   local found = redis.pcall('HMGET', key, 'msg', 'state')
-  if found[2] == 'pending' or (not found[2] and not redis.call('ZSCORE', lease, one)) then
+  if found[2] ~= 'active' and not redis.call('ZSCORE', lease, one) then
     id, message = one, found[1]
     if not message then -- no hash, or no hash with a message: nothing that could be run
       redis.call('LREM', active, 1, id)
