@@ -349,7 +349,7 @@ async def test_queues_that_get_tasks_in_the_same_moment_share_the_places_by_weig
     assert 8 <= sum(task_id.startswith("low") for task_id in ran.counts) <= 12
 
 
-@pytest.mark.parametrize("part", ["_execution.start", "_take"])
+@pytest.mark.parametrize("part", ["_execution.start", "_start"])
 async def test_a_defect_in_what_comes_from_a_held_request_stops_the_server(
     part: str, store_url: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ import itertools
 import logging
 import time
 from collections import deque
-from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -122,19 +121,22 @@ class Pump:
         lane = self._lanes[0]
         if not self._is_to_wait(lane) or self._hold(lane):
             return
-        with suppress(BrokerError):
+        try:
             await self._broker.ping()  # opens a connection, if all were in use
-        if self._is_to_wait(lane) and not self._hold(lane):
+        except BrokerError:
             lane.awaitable = False
             self._in_flight.unarmed.set()
+        self._in_flight.changed.set()  # whatever came meanwhile may have woken the other hand only
 
     def _is_to_wait(self, lane: Lane) -> bool:
-        idle = lane.empty and not lane.awaited and not self._in_flight.running
-        return lane.awaitable and idle and not self._stopping.is_set()
+        if not (lane.empty and lane.awaitable) or lane.awaited or self._in_flight.running:
+            return False
+        if self._refused(lane):
+            lane.awaitable = False
+            self._in_flight.unarmed.set()
+        return lane.awaitable and not self._stopping.is_set()
 
     def _hold(self, lane: Lane) -> bool:
-        if self._refused(lane) or not self._room(lane, self._places()):
-            return False
         request = Request(lane.queue, next(self._sequences), want=1, held=True)
         self._end_wait = self._broker.receive(
             self._waiter.name, request, partial(self._received, lane, request)
@@ -149,14 +151,26 @@ class Pump:
     def _received(
         self, lane: Lane, request: Request, answer: Answered | BrokerError, in_vain: bool
     ) -> None:
+        """Start the task first: it is waited for, and what is to be noted is not."""
+        try:
+            if isinstance(answer, Answered):
+                self._start(lane, answer)
+        except BaseException as error:  # no task of ours would end by it
+            self._failed = error
+        asyncio.get_running_loop().call_soon(self._settle, lane, request, answer, in_vain)
+
+    def _settle(
+        self, lane: Lane, request: Request, answer: Answered | BrokerError, in_vain: bool
+    ) -> None:
         self._end_wait = None
         lane.awaited = request.held = False
         lane.awaitable = not in_vain  # until it has a task again
-        try:
-            if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
-                self._answer(self._waiter, lane, request, answer)
-        except BaseException as error:  # no task of ours would end by it
-            self._failed = error
+        if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
+            del self._waiter.unanswered[lane]
+        if isinstance(answer, Answered):
+            self._note(lane, request, answer)
+        elif not isinstance(answer, BrokerUnavailableError):
+            self._put_off(lane, request, answer)
         self._in_flight.changed.set()
 
     async def _help(self, hand: Hand) -> None:
@@ -172,7 +186,7 @@ class Pump:
             self._in_flight.changed.clear()
             if not await self._turn(hand):
                 await self._in_flight.changed.wait()
-            elif self._stopping.is_set():
+            elif self._stopping.is_set() or not self._backlog.is_set():
                 self._in_flight.changed.set()  # the first hand waits for what this one brought
 
     async def drained(self) -> None:
@@ -316,7 +330,8 @@ class Pump:
         if isinstance(answer, BrokerError):
             self._put_off(lane, request, answer)
         else:
-            self._take(lane, request, answer)
+            self._start(lane, answer)
+            self._note(lane, request, answer)
 
     async def _pause(self, pause_s: float) -> None:
         try:
@@ -337,11 +352,9 @@ class Pump:
         lane.ended.extendleft(reversed(request.outcomes))
         loop.call_later(pause_s + 0.001, self._in_flight.changed.set)
 
-    def _take(self, lane: Lane, request: Request, answer: Answered) -> None:
-        if trouble := self._refusals.pop(lane, None):
-            trouble.over()
+    def _start(self, lane: Lane, answer: Answered) -> None:
+        """Start the tasks that came; put them back if the server stops."""
         self._in_flight.clock_offset = answer.now - time.time()
-        _report(lane.queue, answer)
         taken = list(zip(answer.ids, answer.messages, strict=True))
         if self._stopping.is_set():
             taken.reverse()  # the last to be put back is the next to be taken
@@ -357,6 +370,12 @@ class Pump:
                 self._run_later(lane, task_id, answer, raw)
             else:
                 self._execution.start(lane, message, answer.mark, answer.now)
+
+    def _note(self, lane: Lane, request: Request, answer: Answered) -> None:
+        """Note what an answer tells of its queue."""
+        if trouble := self._refusals.pop(lane, None):
+            trouble.over()
+        _report(lane.queue, answer)
         if request.want:
             got = len(answer.ids) + len(answer.ghosts)
             now = asyncio.get_running_loop().time()

@@ -76,6 +76,7 @@ class Watcher:
         self._in_flight.servers = SERVERS_UNKNOWN if servers is None else max(servers, 1)
         for lane in self._in_flight.lanes.values():
             lane.armed = lane.due_known = False
+        self._in_flight.changed.set()  # the pump looks again as well
 
     async def tick(self) -> int:
         """Arm the lanes that are empty and not armed; return how many."""
