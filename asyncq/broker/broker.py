@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, cast
 
 from asyncq.broker import keys
 from asyncq.broker.connection import Answer, ConnectionLostError, EndWait, Pool, Waited, refusal
@@ -19,6 +19,7 @@ from asyncq.broker.scripts import SCRIPTS, Call, Command
 from asyncq.errors import (
     AsyncqError,
     BrokerError,
+    BrokerUnavailableError,
     DuplicateTaskError,
     EnqueueUncertainError,
     TaskIDConflictError,
@@ -30,6 +31,9 @@ BATCH: Final = 250
 
 BATCH_BYTES: Final = 8 * 1024 * 1024
 """Bytes of messages a script call, so that it ends in time over a slow link."""
+
+TOO_LATE_S: Final = 20
+"""After this a lease that was taken for a held request may end before anybody extends it."""
 
 WAIT_S: Final = 5
 """How long Redis holds a request for a task: a client that is gone without a word gets no task
@@ -132,9 +136,6 @@ class Answered(NamedTuple):
     ids: list[str]
     messages: list[bytes]
     more: bool  # is pending
-
-
-OnAnswer: TypeAlias = Callable[[Answered | BrokerError, bool], None]
 
 
 class Expired(NamedTuple):
@@ -243,7 +244,12 @@ class Broker:
                     done=request.done,
                     moves=request.moves,
                 )
-        answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
+        try:
+            answers = await self.pool.call(*[cast(Command, r.command) for r in requests])
+        except BrokerUnavailableError:
+            for request in requests:
+                request.command = None  # see `receive`: pump.lua knows what the last one took
+            raise
         return [_read(answer) for answer in answers]
 
     def receive(
@@ -266,11 +272,15 @@ class Broker:
         request.command = _script("receive", request.queue, k.last(server_id))(
             sequence=request.sequence
         )
+        began = time.monotonic()
 
         def answered(answers: Waited) -> None:
+            if time.monotonic() - began > TOO_LATE_S:
+                late = TimeoutError("the answer lay there while this process stood still")
+                answers = ConnectionLostError(late, self.pool.where, sent=True)
             if isinstance(answers, BrokerError):
-                request.command = None  # an ordinary call then: it may wait no more
-                on_answer(answers, False)
+                request.command = None  # an ordinary call then, which gives what is still held
+                on_answer(answers, True)
                 return
             moved, taken = answers
             answer = _read(taken)

@@ -27,6 +27,7 @@ from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, 
 OLDEST_REDIS: Final = (6, 2)  # RPOP with a count, ZMSCORE, ZADD GT, RESP3 tracking
 CONNECT_TIMEOUT_S: Final = 5.0
 POOL_SIZE: Final = 16
+UNBLOCK_AGAIN_S: Final = 0.02
 SOON_S: Final = 0.0002  # a Redis that answers within this is near
 
 _TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
@@ -217,11 +218,17 @@ class Pool:
                 self._give_up(pipeline)
                 on_answers(ConnectionLostError(answers, self.where, sent=True))
             else:
-                on_answers([_worth_repeating(answer) for answer in _translated(answers)])
+                if any(isinstance(answer, _ReadOnly) for answer in _translated(answers)):
+                    self._forget_primary()
+                on_answers([_worth_repeating(answer) for answer in answers])
 
         async def end() -> None:
-            if pipeline in self._waiting and not await self._unblock(pipeline):
-                pipeline.close()
+            while pipeline in self._waiting:
+                ended = await self._unblock(pipeline)
+                if not ended and pipeline in self._waiting:
+                    pipeline.close()
+                elif pipeline in self._waiting:  # answered, or not yet read by Redis
+                    await asyncio.sleep(UNBLOCK_AGAIN_S)
 
         self._waiting.add(pipeline)
         pipeline.call_back(b"".join(map(_packed, commands)), len(commands), answered)
@@ -233,7 +240,7 @@ class Pool:
             return False
         try:
             (answer,) = await self.call(["CLIENT", "UNBLOCK", pipeline.known_as[0]])
-        except BrokerUnavailableError:
+        except BrokerError:
             return False
         return not isinstance(answer, BrokerError)
 

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, Client, Task
 from asyncq.broker import broker as broker_module
-from asyncq.broker.broker import Answered, Broker, Request
+from asyncq.broker.broker import BATCH, Answered, Broker, Request
 from asyncq.broker.connection import EndWait
 from asyncq.broker.scripts import SCRIPTS
 from asyncq.server.in_flight import InFlight
@@ -255,6 +255,51 @@ async def test_a_script_that_redis_lost_meanwhile_still_gets_the_task(
     assert (await queue.leases()).keys() == {"a"}
 
 
+async def test_an_answer_that_is_lost_after_the_script_was_is_asked_for_again(
+    each_store: Database, client: Client, queue: Queue
+) -> None:
+    async with proxied(each_store) as proxy:
+        broker = Broker(proxy.url)
+        await broker.open()
+        waiting = await Waiting(broker).begin()
+        await queue.redis.script_flush()
+        await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+        await waiting.answer
+        proxy.lose_reply("receive", by_text=True)
+        with pytest.raises(BrokerUnavailableError):
+            await waiting.again()
+        assert proxy.lost == 1
+        assert (await waiting.again()).ids == ["a"]
+        assert await queue.pending() == ["b"]
+        await broker.close()
+
+
+async def test_an_answer_that_lay_there_for_long_is_not_believed(
+    broker: Broker, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "TOO_LATE_S", 0)
+    waiting = await Waiting(broker).begin()
+    await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+    answer, _ = await waiting.answer
+    assert isinstance(answer, BrokerUnavailableError)
+    await queue.redis.zadd(queue.keys.lease, {"a": 4_000_000_000})  # another worker has it now
+    assert (await waiting.again()).ids == []
+    assert await queue.pending() == ["b"]
+
+
+async def test_ghosts_do_not_keep_a_task_from_who_waits_for_it(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = await Waiting(broker).begin()
+    await queue.redis.script_flush()  # so that the script runs later than the move
+    await client.enqueue(Task("t", task_id="a"))
+    await waiting.answer
+    await queue.redis.lpush(queue.keys.active, "ghost")
+    answer = await waiting.again()
+    assert (answer.ids, answer.ghosts) == (["a"], ["ghost"])
+    assert (await queue.leases()).keys() == {"a"}
+
+
 async def test_a_wait_that_is_ended_is_answered_and_takes_nothing_more(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
@@ -275,6 +320,18 @@ async def test_a_task_that_was_moved_for_a_client_that_was_gone_is_not_lost(
     assert await queue.pending() == ["a"]
     assert (await queue.message("a")).retried == 0
     assert await queue.state() == QueueState(pending=1, hashes=1)
+
+
+async def test_such_a_task_is_found_before_many_that_run(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    await client.enqueue(Task("t", task_id="a"))
+    older = [f"older{i}" for i in range(2 * BATCH + 100)]
+    await queue.redis.lpush(queue.keys.active, *older)
+    await queue.redis.zadd(queue.keys.lease, dict.fromkeys(older, 4_000_000_000))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    assert await Recoverer(broker, in_flight()).tick() == 1
+    assert await queue.pending() == ["a"]
 
 
 async def test_the_recoverer_leaves_alone_what_was_taken_or_done_meanwhile(

@@ -28,12 +28,13 @@ class Proxy:
         self._pipes: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
-    def lose_reply(self, call: str, times: int = 1) -> None:
+    def lose_reply(self, call: str, times: int = 1, *, by_text: bool = False) -> None:
         """Let the next calls reach Redis, and cut the connection before the answer.
 
-        `call` is the name of a script, or of a command.
+        `call` is the name of a script, or of a command. `by_text`: of a script that Redis lost.
         """
-        self._to_lose += [_name_of(call)] * times
+        name = SCRIPTS[call].sentence.encode() if by_text else _name_of(call)
+        self._to_lose += [name] * times
 
     def hold_back(self, call: str) -> None:
         """Let the next call, named as above, reach Redis only at `deliver`."""

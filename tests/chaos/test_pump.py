@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from asyncq import AsyncqError, Client, Context, Mux, Server, SyncClient, Task
 from asyncq.broker import pipeline
 from asyncq.server.loops.pump import Pump
+from asyncq.server.loops.watcher import REARM_S
 from tests.chaos.live import Queue, QueueState, eventually, leaving_nothing
 from tests.chaos.proxy import proxied
 from tests.stores import Database, StoreServer
@@ -216,6 +217,21 @@ async def test_a_burst_after_a_rest_is_taken_by_both_and_the_rest_by_one(
     assert await queue.handled() == (5 * 1005, 0)
 
 
+async def test_no_burst_is_left_lying_while_half_of_the_places_are_taken(
+    store_url: str, client: Client, queue: Queue
+) -> None:
+    """The answers of the two calls may come in either order, and the last one tells of an end."""
+    ran = Ran()
+    server = Server(store_url, concurrency=MANY, shutdown_timeout=0)
+    async with server.running(ran.mux):
+        await enqueued(client, MANY // 2, "held", name="held")
+        await eventually(lambda: ran.counts.total() == MANY // 2)
+        for burst in range(60):
+            ids = await enqueued(client, 16 + burst, name=f"b{burst}.")
+            await eventually(lambda ids=ids: {*ids} <= {*ran.counts}, within_s=REARM_S / 2)  # type: ignore[misc]
+    assert set(ran.counts.values()) == {1}
+
+
 # A request that Redis holds for a server on which nothing runs
 
 
@@ -317,6 +333,35 @@ async def test_a_queue_that_was_paused_while_redis_held_a_request_waits_for_its_
         await redis.delete(queue.keys.paused)
         await eventually(lambda: all_done(queue))
     assert ran.counts == Counter("ab")
+
+
+async def test_a_refused_request_leaves_the_queue_listened_to(
+    store_url: str, client: Client, redis: Redis, queue: Queue
+) -> None:
+    ran = Ran()
+    server = Server(store_url)
+    async with server.running(ran.mux):
+        await waits(server)
+        await redis.set(queue.keys.mark, "of another program")
+        await client.enqueue(Task("quick", task_id="a"))
+        await eventually(lambda: pump_of(server)._end_wait is None)
+        await eventually(lambda: pump_of(server)._lanes[0].armed, within_s=REARM_S / 2)
+        await redis.delete(queue.keys.mark)
+        await eventually(lambda: all_done(queue), within_s=30)
+    assert ran.counts == Counter("a")
+
+
+async def test_an_idle_server_ends_without_redis(
+    redis_server: Callable[..., StoreServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = redis_server()
+    server = Server(store.url, shutdown_timeout=300)
+    async with asyncio.timeout(60), leaving_nothing(server):
+        await server.start(Ran().mux)
+        await waits(server)
+        store.kill()
+        await server.shutdown()
+    assert "could not be saved" not in caplog.text
 
 
 async def test_of_many_servers_that_wait_each_gets_a_task(store_url: str, client: Client) -> None:

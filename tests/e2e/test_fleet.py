@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import pytest
 from redis.asyncio import Redis
 
 from asyncq import Client, Mux, Server, Task
@@ -57,6 +58,12 @@ class Ran:
         return {server for number, server in self.on if number in tasks}
 
 
+@pytest.fixture(params=[1, 2], ids=["waiting-in-redis", "being-told"])
+def queues(request: pytest.FixtureRequest) -> dict[str, int]:
+    """One queue, for whose next task an idle server waits in Redis, or two, of which it is told."""
+    return dict.fromkeys(["default", "other"][: request.param], 1)
+
+
 @asynccontextmanager
 async def fleet(url: str, ran: Ran, size: int, **options: Any) -> AsyncIterator[list[Server]]:
     """Start servers that know of each other, as they do after their first seconds."""
@@ -81,9 +88,11 @@ async def test_a_worker_of_many_queues_has_one_connection_that_waits(
         assert sorted(waiting) == [f"worker-{i}" for i in range(5)]
 
 
-async def test_each_pushed_task_runs_once_and_promptly(store_url: str, client: Client) -> None:
+async def test_each_pushed_task_runs_once_and_promptly(
+    store_url: str, client: Client, queues: dict[str, int]
+) -> None:
     ran = Ran()
-    async with fleet(store_url, ran, 8):
+    async with fleet(store_url, ran, 8, queues=queues):
         for i in range(200):
             await ran.push(client, i)
             await asyncio.sleep(0.003)
@@ -91,10 +100,10 @@ async def test_each_pushed_task_runs_once_and_promptly(store_url: str, client: C
 
 
 async def test_a_push_does_not_make_all_servers_ask(
-    store_url: str, client: Client, redis: Redis
+    store_url: str, client: Client, redis: Redis, queues: dict[str, int]
 ) -> None:
     ran = Ran()
-    async with fleet(store_url, ran, 12):
+    async with fleet(store_url, ran, 12, queues=queues):
 
         async def push(numbers: range) -> None:
             for i in numbers:
@@ -109,10 +118,10 @@ async def test_a_push_does_not_make_all_servers_ask(
 
 
 async def test_those_that_held_back_take_over_from_one_that_is_full(
-    store_url: str, client: Client
+    store_url: str, client: Client, queues: dict[str, int]
 ) -> None:
     ran = Ran()
-    async with fleet(store_url, ran, 3, concurrency=2):
+    async with fleet(store_url, ran, 3, queues=queues, concurrency=2):
         for i in range(30):
             await ran.push(client, i)
             await asyncio.sleep(0.01)
@@ -127,10 +136,10 @@ async def test_those_that_held_back_take_over_from_one_that_is_full(
 
 
 async def test_those_that_held_back_take_over_from_one_that_stops(
-    store_url: str, client: Client
+    store_url: str, client: Client, queues: dict[str, int]
 ) -> None:
     ran = Ran()
-    async with fleet(store_url, ran, 4) as servers:
+    async with fleet(store_url, ran, 4, queues=queues) as servers:
         sent = 0
         for remaining in (3, 2, 1):
             for _ in range(30):
@@ -149,11 +158,11 @@ async def test_those_that_held_back_take_over_from_one_that_stops(
 
 
 async def test_no_push_is_missed_however_it_meets_the_waiting(
-    store_url: str, client: Client
+    store_url: str, client: Client, queues: dict[str, int]
 ) -> None:
     """Pushes fall into every moment of taking, looking and listening again."""
     ran = Ran()
-    async with fleet(store_url, ran, 4, concurrency=3):
+    async with fleet(store_url, ran, 4, queues=queues, concurrency=3):
         for i in range(500):
             await ran.push(client, i)
             if random.random() < 0.7:

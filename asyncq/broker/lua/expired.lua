@@ -33,14 +33,19 @@ repeat
   page = page + 1
 until #ended == 0 or #found >= limit or page == 10
 
--- The oldest of active stand at its tail. Fetching and finishing are atomic, in Go too, so
--- an id without a lease has lost it; or it is on its way to who waits for it, see receive.
-local oldest = redis.call('LRANGE', active, -limit, -1)
-if #oldest > 0 then
-  for i, score in ipairs(redis.call('ZMSCORE', lease, unpack(oldest))) do
-    if not score then
-      report(oldest[i], '')
+-- Fetching and finishing are atomic, in Go too, so an id of active without a lease has lost it; or
+-- it was on its way to who waited for it, see receive. Those stand among the youngest, the others
+-- among the oldest, at the tail.
+page = 0
+repeat
+  local ids = redis.call('LRANGE', active, -limit * (page + 1), -limit * page - 1)
+  if #ids > 0 then
+    for i, score in ipairs(redis.call('ZMSCORE', lease, unpack(ids))) do
+      if not score then
+        report(ids[i], '')
+      end
     end
   end
-end
+  page = page + 1
+until #ids < limit or #found >= limit or page == 10
 return found

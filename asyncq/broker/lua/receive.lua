@@ -11,34 +11,39 @@ local LOOKED_AT = 100 -- of the youngest in active: others may have been served 
 -- What was moved and not yet taken has no lease, and is not called active. If BLMOVE served
 -- several clients at once, it does not matter who takes whose.
 local id, key, message
+local ghosts = {}
 for _, one in ipairs(redis.call('LRANGE', active, 0, LOOKED_AT - 1)) do
-  key = prefix .. 't:' .. one
-  local found = redis.pcall('HMGET', key, 'msg', 'state')
-  if found[2] ~= 'active' and not redis.call('ZSCORE', lease, one) then
-    id, message = one, found[1]
-    if not message then -- no hash, or no hash with a message: nothing that could be run
-      redis.call('LREM', active, 1, id)
+  if not redis.call('ZSCORE', lease, one) then
+    key = prefix .. 't:' .. one
+    local found = redis.pcall('HMGET', key, 'msg', 'state')
+    if found[2] ~= 'active' then
+      message = found[1]
+      if message then
+        id = one
+        break
+      end
+      ghosts[#ghosts + 1] = one -- no hash, or no hash with a message: nothing that could be run
+      redis.call('LREM', active, 1, one)
       if not found.err then
         redis.call('UNLINK', key)
       end
-      return { time, 0, {}, {}, { id }, {}, {}, 0 }
     end
-    break
   end
 end
 
-if not id then
-  return { time, 0, {}, {}, {}, {}, {}, 0 }
-end
-if redis.call('EXISTS', paused) == 1 then
+if id and redis.call('EXISTS', paused) == 1 then
   redis.call('LREM', active, 1, id)
   redis.call('RPUSH', pending, id)
-  return { time, 0, {}, {}, {}, {}, {}, 0 }
+  id = nil
+end
+if not id then
+  return { time, 0, {}, {}, ghosts, {}, {}, 0 }
 end
 
-redis.call('HDEL', key, 'pending_since') -- first, as it is allowed at the memory limit, see pump
+-- First what is allowed at the memory limit, see pump.
+redis.call('HDEL', key, 'pending_since')
 local run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
 redis.call('HSET', key, 'state', 'active')
 redis.call('ZADD', lease, lease_until(time[1], run_mark), id)
 remember(run_mark, {}, {}, { id })
-return { time, run_mark, {}, {}, {}, { id }, { message }, 1 }
+return { time, run_mark, {}, {}, ghosts, { id }, { message }, 1 }

@@ -10,7 +10,7 @@ local function is_as_found(id, score)
   if (redis.call('ZSCORE', lease, id) or '') ~= score then
     return false
   end
-  return score ~= '' or redis.call('LPOS', active, id) ~= false
+  return score ~= '' or redis.pcall('LPOS', active, id, 'RANK', -1) ~= false
 end
 
 local moved, broken = 0, {}

@@ -30,7 +30,7 @@ WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than 
 
 
 class Hand:
-    """One of the two that work the pump: it has at most one call to Redis under way.
+    """One that works the pump: it has at most one call to Redis under way.
 
     `name` is that under which the scripts keep its last answer. `unanswered`: requests whose
     answer has not come, to be sent again as they are.
@@ -165,29 +165,43 @@ class Pump:
         self._end_wait = None
         lane.awaited = request.held = False
         lane.awaitable = not in_vain  # until it has a task again
-        if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
+        if not isinstance(answer, BrokerUnavailableError):  # else it is sent again
             del self._waiter.unanswered[lane]
-        if isinstance(answer, Answered):
-            self._note(lane, request, answer)
-        elif not isinstance(answer, BrokerUnavailableError):
-            self._put_off(lane, request, answer)
+        try:
+            if isinstance(answer, Answered):
+                self._note(lane, request, answer)
+            elif not isinstance(answer, BrokerUnavailableError):
+                self._put_off(lane, request, answer)
+        except BaseException as error:
+            self._failed = error
         self._in_flight.changed.set()
 
     async def _help(self, hand: Hand) -> None:
         """Work as well while there is a backlog.
 
-        A change that wakes only this hand is not lost when it is left to the first: that one
-        looks again when its answer comes.
+        When it stops asking, it wakes the first: what is left is for that one to ask for, or to
+        wait for, and the change that told of it may have woken this hand only.
         """
+        brought = False
         while True:
             if not hand.unanswered:
                 await self._backlog.wait()
             await _let_begin()
             self._in_flight.changed.clear()
-            if not await self._turn(hand):
+            if await self._turn(hand):
+                brought = True
+                if self._stopping.is_set() or not self._backlog.is_set():
+                    self._in_flight.changed.set()
+            elif brought:
+                brought = False
+                self._in_flight.changed.set()
+            else:
                 await self._in_flight.changed.wait()
-            elif self._stopping.is_set() or not self._backlog.is_set():
-                self._in_flight.changed.set()  # the first hand waits for what this one brought
+
+    def owes(self) -> bool:
+        """Whether outcomes are unsaved, or a fetch unanswered; a held request counts as none."""
+        fetching = any(hand.unanswered for hand in self._hands)
+        return fetching or self._in_flight.unsaved() > 0
 
     async def drained(self) -> None:
         """Wait until no request is unanswered and every outcome is saved."""
@@ -269,7 +283,8 @@ class Pump:
     def _places(self) -> int:
         if self._stopping.is_set():
             return 0
-        return self._in_flight.free - sum(request.want for request in self._unanswered())
+        asked = sum(request.want for request in self._unanswered())
+        return max(0, self._in_flight.free - asked)
 
     def _room(self, lane: Lane, places: int) -> int:
         asked = [hand.unanswered[lane] for hand in self._all if lane in hand.unanswered]
@@ -350,6 +365,7 @@ class Pump:
         lane.refused_until = loop.time() + pause_s
         lane.turn -= request.want / lane.weight
         lane.ended.extendleft(reversed(request.outcomes))
+        self._in_flight.unarmed.set()
         loop.call_later(pause_s + 0.001, self._in_flight.changed.set)
 
     def _start(self, lane: Lane, answer: Answered) -> None:
