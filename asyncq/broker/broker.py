@@ -280,7 +280,7 @@ class Broker:
                 answers = ConnectionLostError(late, self.pool.where, sent=True)
             if isinstance(answers, BrokerError):
                 request.command = None  # an ordinary call then, which gives what is still held
-                on_answer(answers, True)
+                on_answer(answers, False)
                 return
             moved, taken = answers
             answer = _read(taken)

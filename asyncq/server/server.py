@@ -388,19 +388,23 @@ class Server:
         self.abandoned = parts.execution.abandon()
 
     async def _save_outcomes(self, parts: _Parts, ends_at: float) -> None:
-        left_s = ends_at - asyncio.get_running_loop().time() if parts.pump.owes() else 0.0
-        try:
-            async with asyncio.timeout(max(DRAIN_S, left_s)):
-                await parts.pump.drained()
-        except TimeoutError:
-            if not parts.in_flight.unsaved():
-                log.warning("Redis did not answer: what it may have sent is recovered within 37 s")
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout(DRAIN_S):
+                    await parts.pump.drained()
                 return
+            except TimeoutError:
+                if loop.time() >= ends_at or not parts.pump.owes():
+                    break
+        if unsaved := parts.pump.unsaved():
             log.error(
                 "%d outcomes could not be saved: their leases end within 31 s, then the tasks "
                 "are recovered",
-                parts.in_flight.unsaved(),
+                unsaved,
             )
+        else:
+            log.warning("Redis did not answer: what it may have sent is recovered within 37 s")
 
 
 @dataclass(frozen=True, slots=True)

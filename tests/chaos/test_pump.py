@@ -351,6 +351,44 @@ async def test_a_refused_request_leaves_the_queue_listened_to(
     assert ran.counts == Counter("a")
 
 
+async def test_servers_whose_connections_were_lost_wait_in_redis_again(store: Database) -> None:
+    async with proxied(store) as proxy, contextlib.AsyncExitStack() as stack:
+        servers = [Server(proxy.url) for _ in range(3)]
+        for server in servers:
+            await stack.enter_async_context(server.running(Ran().mux))
+            await waits(server)
+        await proxy.cut()
+        for server in servers:
+            await eventually(lambda server=server: pump_of(server)._end_wait is None)  # type: ignore[misc]
+        await proxy.start()
+        for server in servers:
+            await waits(server)
+
+
+async def test_outcomes_that_were_on_their_way_are_told_of_when_redis_is_gone(
+    redis_server: Callable[..., StoreServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = redis_server()
+    server = Server(store.url, shutdown_timeout=2)
+    gate, mux, begun = asyncio.Event(), Mux(), Counter[str]()
+
+    @mux.task("waits")
+    async def handler(ctx: Context) -> None:
+        begun[ctx.task_id] += 1
+        await gate.wait()
+
+    async with leaving_nothing(server):
+        await server.start(mux)
+        async with Client(store.url) as client:
+            await enqueued(client, 5, "waits")
+        await eventually(lambda: begun.total() == 5)
+        store.kill()
+        gate.set()
+        await eventually(lambda: pump_of(server)._under_way())
+        await server.shutdown()
+    assert "5 outcomes could not be saved" in caplog.text
+
+
 async def test_an_idle_server_ends_without_redis(
     redis_server: Callable[..., StoreServer], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -199,9 +199,14 @@ class Pump:
                 await self._in_flight.changed.wait()
 
     def owes(self) -> bool:
-        """Whether outcomes are unsaved, or a fetch unanswered; a held request counts as none."""
-        fetching = any(hand.unanswered for hand in self._hands)
-        return fetching or self._in_flight.unsaved() > 0
+        """Whether there is more than a lost request for one task: it is worth waiting for."""
+        held = any(request.held for request in self._waiter.unanswered.values())
+        return held or any(hand.unanswered for hand in self._hands) or self.unsaved() > 0
+
+    def unsaved(self) -> int:
+        """How many outcomes Redis has not confirmed, those on their way included."""
+        sent = sum(len(request.outcomes) for request in self._unanswered())
+        return sent + self._in_flight.unsaved()
 
     async def drained(self) -> None:
         """Wait until no request is unanswered and every outcome is saved."""
