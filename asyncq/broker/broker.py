@@ -43,6 +43,7 @@ SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
 
 _MULTI: Final = pack(["MULTI"])
 _EXEC: Final = pack(["EXEC"])
+_BOOT_TIME: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
 
 log = logging.getLogger("asyncq.broker")
 
@@ -272,10 +273,10 @@ class Broker:
         request.command = _script("receive", request.queue, k.last(server_id))(
             sequence=request.sequence
         )
-        began = time.monotonic()
+        began = _clock_s()
 
         def answered(answers: Waited) -> None:
-            if time.monotonic() - began > TOO_LATE_S:
+            if _clock_s() - began > TOO_LATE_S:
                 late = TimeoutError("the answer lay there while this process stood still")
                 answers = ConnectionLostError(late, self.pool.where, sent=True)
             if isinstance(answers, BrokerError):
@@ -430,6 +431,11 @@ def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqErr
             return DuplicateTaskError(task.type, queue, holder, task.lock or "")
         case _:
             return BrokerError(f"WRONGTYPE {holder} is no group: another program uses this key")
+
+
+def _clock_s() -> float:
+    """A clock that also runs while the machine is suspended, where there is one (Linux)."""
+    return time.monotonic() if _BOOT_TIME is None else time.clock_gettime(_BOOT_TIME)
 
 
 def _read(answer: Answer) -> Answered | BrokerError:

@@ -224,25 +224,30 @@ class Pool:
 
         async def end() -> None:
             while pipeline in self._waiting:
-                ended = await self._unblock(pipeline)
-                if not ended and pipeline in self._waiting:
-                    pipeline.close()
-                elif pipeline in self._waiting:  # answered, or not yet read by Redis
-                    await asyncio.sleep(UNBLOCK_AGAIN_S)
+                if await self._unblock(pipeline):
+                    return
+                await asyncio.sleep(UNBLOCK_AGAIN_S)
 
         self._waiting.add(pipeline)
         pipeline.call_back(b"".join(map(_packed, commands)), len(commands), answered)
         return end
 
     async def _unblock(self, pipeline: Pipeline) -> bool:
-        """End a wait; by closing, what Redis has begun for it would stay half done."""
-        if pipeline.known_as is None:
-            return False
-        try:
-            (answer,) = await self.call(["CLIENT", "UNBLOCK", pipeline.known_as[0]])
-        except BrokerError:
-            return False
-        return not isinstance(answer, BrokerError)
+        """End a wait; False if Redis has answered it, or has not read it yet.
+
+        Only where Redis does not let us, by closing: what it has begun then stays half done.
+        """
+        answer: Answer = None
+        if pipeline.known_as is not None:
+            try:
+                (answer,) = await self.call(["CLIENT", "UNBLOCK", pipeline.known_as[0]])
+            except BrokerError as error:
+                answer = error
+        if isinstance(answer, int):
+            return answer == 1
+        if pipeline in self._waiting:
+            pipeline.close()
+        return True
 
     def _give_back(self, pipeline: Pipeline) -> None:
         if self._open:

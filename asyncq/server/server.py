@@ -388,22 +388,14 @@ class Server:
         self.abandoned = parts.execution.abandon()
 
     async def _save_outcomes(self, parts: _Parts, ends_at: float) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                async with asyncio.timeout(DRAIN_S):
-                    await parts.pump.drained()
-                return
-            except TimeoutError:
-                if loop.time() >= ends_at or not parts.pump.owes():
-                    break
+        drained = await _drained(parts.pump, ends_at)
         if unsaved := parts.pump.unsaved():
             log.error(
                 "%d outcomes could not be saved: their leases end within 31 s, then the tasks "
                 "are recovered",
                 unsaved,
             )
-        else:
+        elif not drained:
             log.warning("Redis did not answer: what it may have sent is recovered within 37 s")
 
 
@@ -416,6 +408,19 @@ class _Parts:
     executors: Executors
     pump: Pump
     heartbeat: Heartbeat
+
+
+async def _drained(pump: Pump, ends_at: float) -> bool:
+    """Wait until the pump is, but after `DRAIN_S` only for what it owes, and until `ends_at`."""
+    while True:
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await pump.drained()
+        except TimeoutError:
+            if asyncio.get_running_loop().time() >= ends_at or not pump.owes():
+                return False
+        else:
+            return True
 
 
 async def _first_of(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:

@@ -322,16 +322,25 @@ async def test_a_task_that_was_moved_for_a_client_that_was_gone_is_not_lost(
     assert await queue.state() == QueueState(pending=1, hashes=1)
 
 
-async def test_such_a_task_is_found_before_many_that_run(
+async def test_such_a_task_is_found_before_and_behind_many_that_run(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
-    await client.enqueue(Task("t", task_id="a"))
-    older = [f"older{i}" for i in range(2 * BATCH + 100)]
-    await queue.redis.lpush(queue.keys.active, *older)
-    await queue.redis.zadd(queue.keys.lease, dict.fromkeys(older, 4_000_000_000))
+    await client.enqueue_many(Task("t", task_id=i) for i in "ab")
+    running = [f"running{i}" for i in range(20 * BATCH)]
     await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
-    assert await Recoverer(broker, in_flight()).tick() == 1
-    assert await queue.pending() == ["a"]
+    await queue.redis.lpush(queue.keys.active, *running)
+    await queue.redis.zadd(queue.keys.lease, dict.fromkeys(running, 4_000_000_000))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    assert await Recoverer(broker, in_flight()).tick() == 2
+    assert sorted(await queue.pending()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("number", [BATCH - 1, BATCH, BATCH + 1, 3 * BATCH])
+async def test_each_that_is_found_is_found_once(number: int, broker: Broker, queue: Queue) -> None:
+    ids = [f"lost{i}" for i in range(number)]
+    await queue.redis.lpush(queue.keys.active, *ids)
+    found = [expired.id for expired in await broker.expired("default", limit=BATCH)]
+    assert len(found) == len(set(found)) >= min(number, BATCH)
 
 
 async def test_the_recoverer_leaves_alone_what_was_taken_or_done_meanwhile(

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from asyncq import AsyncqError, Client, Context, Mux, Server, SyncClient, Task
 from asyncq.broker import pipeline
+from asyncq.server import server as server_module
 from asyncq.server.loops.pump import Pump
 from asyncq.server.loops.watcher import REARM_S
 from tests.chaos.live import Queue, QueueState, eventually, leaving_nothing
@@ -278,6 +279,35 @@ async def test_a_server_that_stops_takes_nothing_by_the_request_that_redis_holds
     assert not ran.counts
 
 
+async def test_a_request_that_redis_reads_late_gives_its_task_back_at_the_stop(
+    store: Database, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "DRAIN_S", 0.01)
+    ran, asked = Ran(), 0
+
+    async with proxied(store) as proxy:
+        proxy.hold_back("receive")
+        server = Server(proxy.url, shutdown_timeout=60)
+        async with server.running(ran.mux), asyncio.timeout(30):
+            await waits(server)
+            await client.enqueue(Task("quick", task_id="a"))
+            owes = pump_of(server).owes
+
+            def counted() -> bool:
+                nonlocal asked
+                asked += 1
+                return owes()
+
+            monkeypatch.setattr(pump_of(server), "owes", counted)
+            closing = asyncio.create_task(server.shutdown())
+            await eventually(lambda: asked > 1)  # it is not given up for what it might bring
+            assert await queue.pending() == ["a"]
+            await proxy.deliver()
+            await closing
+    assert await queue.state() == QueueState(pending=1, hashes=1)
+    assert not ran.counts
+
+
 async def test_servers_that_stop_while_tasks_come_leave_each_task_in_one_place(
     store_url: str, client: Client, queue: Queue
 ) -> None:
@@ -449,3 +479,19 @@ async def test_a_defect_in_what_comes_from_a_held_request_stops_the_server(
             monkeypatch.setattr(broken._execution if path else broken, name, fails)
             await client.enqueue(Task("quick", task_id="first"))
             await eventually(server._shutdown_wanted.is_set)
+
+
+async def test_a_dead_pump_is_not_waited_for_though_redis_holds_its_request(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails() -> int:
+        raise RuntimeError("a defect")
+
+    server = Server(store_url, shutdown_timeout=300)
+    with pytest.raises(AsyncqError, match="died"):
+        async with asyncio.timeout(60), server.running(Ran().mux):
+            await waits(server)
+            monkeypatch.setattr(pump_of(server), "tick", fails)
+            pump_of(server)._in_flight.changed.set()
+            await eventually(server._shutdown_wanted.is_set)
+    assert pump_of(server)._unanswered()  # as it would not be after `WAIT_S`

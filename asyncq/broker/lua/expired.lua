@@ -33,19 +33,26 @@ repeat
   page = page + 1
 until #ended == 0 or #found >= limit or page == 10
 
--- Fetching and finishing are atomic, in Go too, so an id of active without a lease has lost it; or
--- it was on its way to who waited for it, see receive. Those stand among the youngest, the others
--- among the oldest, at the tail.
-page = 0
-repeat
-  local ids = redis.call('LRANGE', active, -limit * (page + 1), -limit * page - 1)
-  if #ids > 0 then
-    for i, score in ipairs(redis.call('ZMSCORE', lease, unpack(ids))) do
-      if not score then
-        report(ids[i], '')
-      end
+local function look(first, last)
+  local ids = redis.call('LRANGE', active, first, last)
+  for i, score in ipairs(redis.call('ZMSCORE', lease, unpack(ids))) do
+    if not score then
+      report(ids[i], '')
     end
   end
-  page = page + 1
-until #ids < limit or #found >= limit or page == 10
+end
+
+-- Fetching and finishing are atomic, in Go too, so an id of active without a lease was on its way
+-- to who waited for it, see receive, and is among the youngest, at the head; or it has lost its
+-- lease, and is or will be among the oldest, at the tail.
+local running = redis.call('LLEN', active)
+if running > 0 and #found < limit then
+  look(0, limit - 1)
+end
+for last = running - 1, math.max(limit, running - 9 * limit), -limit do
+  if #found >= limit then
+    break
+  end
+  look(math.max(limit, last - limit + 1), last)
+end
 return found

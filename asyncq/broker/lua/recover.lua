@@ -10,7 +10,7 @@ local function is_as_found(id, score)
   if (redis.call('ZSCORE', lease, id) or '') ~= score then
     return false
   end
-  return score ~= '' or redis.pcall('LPOS', active, id, 'RANK', -1) ~= false
+  return score ~= '' or redis.call('LPOS', active, id, 'RANK', -1) ~= false
 end
 
 local moved, broken = 0, {}
@@ -18,15 +18,15 @@ local move_as = moves_by_kind()
 for i = 1, moves_n do
   local row = moves_at + (i - 1) * 5
   local id = ARGV[row + 2]
-  if is_as_found(id, ARGV[row + 3]) then
-    local at = ARGV[row + 4] == 'now' and integer(now_ms) or ARGV[row + 4]
-    local done, problem = pcall(
-      move_as[ARGV[row + 1]], id, prefix .. 't:' .. id, at, ARGV[row + 5])
-    if done then
+  local done, problem = pcall(function()
+    if is_as_found(id, ARGV[row + 3]) then
+      local at = ARGV[row + 4] == 'now' and integer(now_ms) or ARGV[row + 4]
+      move_as[ARGV[row + 1]](id, prefix .. 't:' .. id, at, ARGV[row + 5])
       moved = moved + 1
-    else
-      broken[#broken + 1] = { id, type(problem) == 'table' and problem.err or tostring(problem) }
     end
+  end)
+  if not done then
+    broken[#broken + 1] = { id, type(problem) == 'table' and problem.err or tostring(problem) }
   end
 end
 trim_archive()

@@ -83,6 +83,7 @@ class Pump:
         self._quiet = asyncio.Event()  # the last tick found nothing to do
         self._end_wait: EndWait | None = None  # of the request that Redis holds
         self._failed: BaseException | None = None  # what `_received` raised
+        self._ended = False
 
     def stop_fetching(self) -> None:
         """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
@@ -93,17 +94,20 @@ class Pump:
 
     async def run(self) -> None:
         """Pump until cancelled. A fetch under way must not be: await `drained` first."""
-        async with asyncio.TaskGroup() as hands:
-            hands.create_task(self._work())
-            for other in self._others if self._overlaps else ():
-                hands.create_task(self._help(other))
+        try:
+            async with asyncio.TaskGroup() as hands:
+                hands.create_task(self._work())
+                hands.create_task(self._end_wait_at_stop())
+                for other in self._others if self._overlaps else ():
+                    hands.create_task(self._help(other))
+        finally:
+            self._ended = True
+            self._quiet.set()
 
     async def _work(self) -> None:
         while True:
             await _let_begin()
             self._in_flight.changed.clear()
-            if self._end_wait is not None and self._stopping.is_set():
-                await self._end_wait()
             if not await self.tick():
                 if not self._under_way():
                     self._quiet.set()
@@ -176,6 +180,12 @@ class Pump:
             self._failed = error
         self._in_flight.changed.set()
 
+    async def _end_wait_at_stop(self) -> None:
+        """Beside the hands: its connection may be dead, and they have outcomes to save."""
+        await self._stopping.wait()
+        if self._end_wait is not None:
+            await self._end_wait()
+
     async def _help(self, hand: Hand) -> None:
         """Work as well while there is a backlog.
 
@@ -209,9 +219,9 @@ class Pump:
         return sent + self._in_flight.unsaved()
 
     async def drained(self) -> None:
-        """Wait until no request is unanswered and every outcome is saved."""
+        """Wait until no request is unanswered and every outcome is saved, or `run` has ended."""
         self._in_flight.changed.set()
-        while self._unanswered() or self._in_flight.unsaved():
+        while not self._ended and (self._unanswered() or self._in_flight.unsaved()):
             self._quiet.clear()
             await self._quiet.wait()
 
