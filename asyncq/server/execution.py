@@ -8,8 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import Context as Variables
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from inspect import isawaitable
 from typing import Any, Final, TypeAlias
 
@@ -50,11 +49,15 @@ WRITE_OFF_S: Final = 5.0  # how long a cancelled handler may go on before its pl
 
 
 class Execution:
-    """Starts runs and turns what they end with into outcomes."""
+    """Starts runs and turns what they end with into outcomes.
+
+    Every run begins with the context variables of the moment in which this is made.
+    """
 
     def __init__(
         self,
         in_flight: InFlight,
+        routes: Routes,
         *,
         retry_delay: RetryDelay = asynq_delay,
         is_failure: IsFailure | None = None,
@@ -66,10 +69,12 @@ class Execution:
         self._is_failure = is_failure
         self._error_handler = error_handler
         self._client = client
-        self.routes: Routes
+        self._routes = routes
         self._loop = asyncio.get_running_loop()
-        self._context: Variables | None = None  # what every run begins with
-        self._variables: tuple[tuple[ContextVar[Any], Any], ...] = ()  # likewise
+        # Not later: what starts a run may be the answer of Redis, which comes in the context of
+        # who opened the connection.
+        self._context = copy_context()
+        self._variables = tuple(self._context.items())
         self._batch: deque[Run] | None = None  # runs that begin when the event loop comes round
 
     def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
@@ -105,9 +110,6 @@ class Execution:
         self._loop.call_soon(self._spread, batch)  # comes right after the first step of the task
 
     def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
-        if self._context is None:  # the first comes from the server, later ones from handlers, too
-            self._context = copy_context()
-            self._variables = tuple(self._context.items())
         # The event loop holds a task until its first step, from then on its run does.
         self._loop.create_task(run, context=self._context.copy())
 
@@ -154,7 +156,7 @@ class Execution:
         run.begun = True
         # Not before: a task cancelled before its first step never runs, and leaves no outcome.
         run.task = task or asyncio.current_task()
-        entry = self.routes.find(run.message.type)
+        entry = self._routes.find(run.message.type)
         context: Context[Any] = Context(run)
         token = current.set(context)
         run.state = entry.state
@@ -181,7 +183,7 @@ class Execution:
 
     def counts(self, task_type: str, error: BaseException) -> bool:
         """Whether an error of a task of this type is a failure that spends a retry."""
-        return self._counts(self.routes.find(task_type), error)
+        return self._counts(self._routes.find(task_type), error)
 
     def watch(self) -> int:
         """Give near deadlines their timer and write off what ignores its cancellation.
@@ -193,7 +195,7 @@ class Execution:
         for run in self._in_flight.runs():
             if run.cancelled_at is not None:
                 if run.waits:  # for handlers that may take hours
-                    self._end(run, self._interrupted(run, self.routes.find(run.message.type)))
+                    self._end(run, self._interrupted(run, self._routes.find(run.message.type)))
                 elif now - run.cancelled_at > WRITE_OFF_S and not run.holds_place:
                     self._write_off(run)
                     written_off += 1
@@ -215,7 +217,7 @@ class Execution:
             "the handler may go on",
             message.id, message.type, run.cancel_reason,
         )  # fmt: skip
-        self._end(run, self._interrupted(run, self.routes.find(message.type)))
+        self._end(run, self._interrupted(run, self._routes.find(message.type)))
 
     def _succeeded(self, run: Run, result: Any) -> Outcome | None:
         if run.cancel_reason is not None and run.cancel_reason != SHUTDOWN:

@@ -260,15 +260,16 @@ class Server:
             config.queue_concurrency,
             config.prefetch,
         )
-        execution = Execution(
+        routes = mux.compile(executors.run)
+        await self._stack.enter_async_context(routes.lifespan_context())
+        execution = Execution(  # after the lifespan, whose context variables the runs begin with
             in_flight,
+            routes,
             retry_delay=config.retry_delay,
             is_failure=config.is_failure,
             error_handler=config.error_handler,
             client=self._client,
         )
-        execution.routes = mux.compile(executors.run)
-        await self._stack.enter_async_context(execution.routes.lifespan_context())
         pump = Pump(
             self._broker, in_flight, execution, self.server_id, strict=config.strict_priority
         )

@@ -129,6 +129,16 @@ async def test_each_of_those_who_wait_gets_a_task_of_its_own(
     assert (await queue.leases()).keys() == {*"abcde"}
 
 
+async def test_so_it_is_for_many_servers_that_are_served_in_one_moment(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    waiting = [await Waiting(broker, f"s{i}").begin() for i in range(120)]
+    await client.enqueue_many(Task("t") for _ in range(120))
+    got = [await one.got() for one in waiting]
+    assert [len(ids) for ids in got] == [1] * 120
+    assert len(await queue.leases()) == 120
+
+
 async def test_one_task_goes_to_who_has_waited_longest(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
@@ -160,6 +170,19 @@ async def test_a_paused_queue_keeps_its_task_in_its_place(
     assert (answer.ids, answer.more, in_vain) == ([], False, True)
     assert await queue.pending() == ["a", "b"]
     assert await queue.state() == QueueState(pending=2, hashes=2)
+
+
+async def test_a_paused_queue_whose_pending_was_spoiled_loses_no_task(
+    broker: Broker, client: Client, queue: Queue
+) -> None:
+    await client.enqueue(Task("t", task_id="a"))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await queue.redis.set(queue.keys.paused, "1")
+    await queue.redis.set(queue.keys.pending, "of another program")
+    waiting = await Waiting(broker).begin()
+    answer, _ = await waiting.answer
+    assert isinstance(answer, BrokerError)
+    assert await queue.redis.lrange(queue.keys.active, 0, -1) == [b"a"]
 
 
 @pytest.mark.parametrize("ghost", ["nothing", "a hash without a message", "a string"])
@@ -287,6 +310,22 @@ async def test_an_answer_that_lay_there_for_long_is_not_believed(
     assert await queue.pending() == ["b"]
 
 
+async def test_what_is_given_again_has_its_whole_lease(
+    broker: Broker, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "TOO_LATE_S", 0)
+    waiting = await Waiting(broker).begin()
+    await client.enqueue(Task("t", task_id="a"))
+    await waiting.answer
+    lease = (await queue.leases())["a"]
+    await queue.redis.zadd(queue.keys.lease, {"a": lease - 30})
+    again = await waiting.again()
+    assert again.ids == ["a"]
+    renewed = (await queue.leases())["a"]
+    assert 30 <= renewed - again.now <= 32
+    assert (renewed % 1) * 2**20 == again.mark
+
+
 async def test_ghosts_do_not_keep_a_task_from_who_waits_for_it(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
@@ -335,12 +374,15 @@ async def test_such_a_task_is_found_before_and_behind_many_that_run(
     assert sorted(await queue.pending()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("number", [BATCH - 1, BATCH, BATCH + 1, 3 * BATCH])
+@pytest.mark.parametrize("number", [BATCH - 1, BATCH, BATCH + 1, BATCH + 50, 2 * BATCH, 3 * BATCH])
 async def test_each_that_is_found_is_found_once(number: int, broker: Broker, queue: Queue) -> None:
-    ids = [f"lost{i}" for i in range(number)]
+    ids = [f"task{i}" for i in range(number)]
+    lost = {*ids[100:110], *ids[number // 2 : number // 2 + 10], ids[0], ids[-1]}
     await queue.redis.lpush(queue.keys.active, *ids)
-    found = [expired.id for expired in await broker.expired("default", limit=BATCH)]
-    assert len(found) == len(set(found)) >= min(number, BATCH)
+    leased = [i for i in ids if i not in lost]
+    await queue.redis.zadd(queue.keys.lease, dict.fromkeys(leased, 4_000_000_000))
+    found = [expired.id for expired in await broker.expired("default")]
+    assert sorted(found) == sorted(lost)
 
 
 async def test_the_recoverer_leaves_alone_what_was_taken_or_done_meanwhile(

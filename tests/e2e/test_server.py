@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from functools import partialmethod
 from typing import Any
@@ -344,6 +345,37 @@ async def test_the_lifespan_surrounds_the_server_and_its_state_reaches_handlers(
         await client.enqueue(Task("t"))
         await eventually(lambda: len(events) == 2)
     assert events == ["up", "state", "down"]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_handlers_see_the_context_variables_that_the_lifespan_set(
+    waits: bool, store_url: str, client: Client
+) -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="not set")
+    seen: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(mux: Mux[None]) -> AsyncIterator[None]:
+        variable.set("by the lifespan")
+        yield
+
+    mux: Mux[None] = Mux(lifespan=lifespan)
+
+    @mux.task("t")
+    async def handler(ctx: Context[None]) -> None:
+        seen.append(variable.get())
+
+    server = Server(store_url)
+    if not waits:
+        await client.enqueue(Task("t"))
+    async with server.running(mux):
+        if waits:
+            parts = server._parts
+            assert parts is not None
+            await eventually(lambda: parts.pump._end_wait is not None)
+            await client.enqueue(Task("t"))
+        await eventually(lambda: seen)
+    assert seen == ["by the lifespan"]
 
 
 async def test_a_lifespan_that_fails_stops_the_start_and_leaves_nothing(store_url: str) -> None:

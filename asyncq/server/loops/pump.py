@@ -127,7 +127,10 @@ class Pump:
             return
         try:
             await self._broker.ping()  # opens a connection, if all were in use
-        except BrokerError:
+            self._trouble.over()
+        except BrokerUnavailableError as error:
+            await self._pause(self._trouble.pause_s(error))
+        except BrokerError:  # refused
             lane.awaitable = False
             self._in_flight.unarmed.set()
         self._in_flight.changed.set()  # whatever came meanwhile may have woken the other hand only
@@ -438,7 +441,11 @@ class Pump:
 
 
 async def _let_begin() -> None:
-    """Let runs that can begin do so first: to send means to wake Redis, which can take longer."""
+    """Let runs that can begin do so first: to send means to wake Redis, which can take longer.
+
+    In the first turn of the event loop a sprint begins, in the second those that it did not do.
+    """
+    await asyncio.sleep(0)
     await asyncio.sleep(0)
 
 

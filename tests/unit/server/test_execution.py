@@ -42,8 +42,8 @@ class World:
         self.in_flight = InFlight({"default": 1}, concurrency, self._annotate, prefetch=prefetch)
         self.in_flight.clock_offset = NOW - time.time()
         self.lane: Lane = self.in_flight.lanes["default"]
-        self.execution = Execution(self.in_flight, **options)
-        self.execution.routes = mux.compile(Executors(10).run)
+        routes = mux.compile(Executors(10).run)
+        self.execution = Execution(self.in_flight, routes, **options)
 
     async def _annotate(self, queue: str, task_id: str, mark: int, name: str, value: bytes) -> bool:
         return True
@@ -716,8 +716,9 @@ async def test_what_surrounds_the_start_is_seen_by_every_handler() -> None:
         seen.append(name.get())
         name.set("mine")
 
-    world = of(handler, concurrency=2, prefetch=10)
     name.set("server")
+    world = of(handler, concurrency=2, prefetch=10)
+    name.set("whoever starts a run")
     world.batch("abcd")
     await world.kinds()
     assert seen == ["server"] * 4

@@ -8,7 +8,8 @@ local function remember(run_mark, refused, broken, taken)
     'SET', last, tag .. cmsgpack.pack({ run_mark, refused, broken, taken }), 'EX', KEPT_S)
 end
 
--- That answer, with the tasks that are still held by its mark; nil if this is a new request.
+-- That answer, with the tasks that are still held by its mark, whose leases begin anew: they may be
+-- about to end. Nil if this is a new request.
 local function answered_before()
   local before = redis.call('GET', last)
   if not before or string.sub(before, 1, #tag) ~= tag then
@@ -19,6 +20,7 @@ local function answered_before()
   for _, id in ipairs(ids) do
     local message = redis.call('HGET', prefix .. 't:' .. id, 'msg')
     if message and holds(redis.call('ZSCORE', lease, id), run_mark) then
+      redis.call('ZADD', lease, 'XX', 'GT', lease_until(time[1], run_mark), id)
       kept[#kept + 1] = id
       messages[#messages + 1] = message
     end
