@@ -30,6 +30,7 @@ from asyncq.errors import (
 from asyncq.handler import Handler, Next
 from asyncq.inspector import Inspector, QueueInfo
 from asyncq.mux import Middleware, Mux
+from asyncq.options import HandlerOptions, RunOptions, TaskOptions, TypeOptions
 from asyncq.retry import (
     Retry,
     RetryDelay,
@@ -42,18 +43,7 @@ from asyncq.retry import (
 )
 from asyncq.server.server import Server
 from asyncq.sync_client import SyncClient, SyncTaskHandle
-from asyncq.task import (
-    HandlerOptions,
-    Progress,
-    RunOptions,
-    Task,
-    TaskHandle,
-    TaskInfo,
-    TaskOptions,
-    TaskState,
-    TaskType,
-    TypeOptions,
-)
+from asyncq.task import Progress, Task, TaskHandle, TaskInfo, TaskState, TaskType
 
 __all__ = [
     # Clients

@@ -22,22 +22,14 @@ from asyncq.clock import from_unix
 from asyncq.ends import Ends
 from asyncq.errors import (
     AsyncqError,
+    MalformedMessageError,
     PayloadTooLargeError,
     TaskNotFoundError,
 )
 from asyncq.message import TaskMessage
+from asyncq.options import DEFAULT_QUEUE, Plan, TaskOptions
 from asyncq.settings import redis_url
-from asyncq.task import (
-    DEFAULT_QUEUE,
-    Plan,
-    Progress,
-    Task,
-    TaskHandle,
-    TaskInfo,
-    TaskOptions,
-    TaskState,
-    TaskType,
-)
+from asyncq.task import Progress, Task, TaskHandle, TaskInfo, TaskState, TaskType
 
 R = TypeVar("R")
 
@@ -333,7 +325,7 @@ class Client:
 
         Raises:
             TaskNotFoundError: it is not there, or not any more.
-            MalformedMessageError: its bytes are no message.
+            MalformedMessageError: its bytes are no message, or its state is none of Asynq's.
             BrokerError: Redis refused, or could not be reached.
         """
         stored = await find_task(self._broker, queue, task_id)
@@ -414,12 +406,19 @@ async def _chunks(
 
 def _info(stored: StoredTask) -> TaskInfo:
     message = stored.message
+    try:
+        state = TaskState(stored.state)
+    except ValueError:
+        raise MalformedMessageError(
+            f"task {message.id!r} of queue {message.queue!r} is in a state that there is not: "
+            f"{stored.state!r}"
+        ) from None
     return TaskInfo(
         id=message.id,
         queue=message.queue,
         type=message.type,
         payload=message.payload or None,
-        state=TaskState(stored.state),
+        state=state,
         max_retry=message.retry,
         retried=message.retried,
         last_error=message.error_msg,

@@ -32,19 +32,17 @@ from typing_extensions import TypeVar
 from asyncq.context import Context
 from asyncq.errors import HandlerNotFoundError, OptionError
 from asyncq.handler import Call, Entry, Handler, Next, RunSync, Signature, name_of
-from asyncq.task import (
+from asyncq.options import (
     FOR_HANDLER,
     FOR_RUN,
     FOR_TYPE,
-    Enqueuer,
     HandlerOptions,
     RunOptions,
-    Task,
-    TaskType,
     TypeOptions,
     check_options,
     merge_options,
 )
+from asyncq.task import Enqueuer, Task, TaskType
 
 __all__ = ["Entry", "Handler", "Middleware", "Mux", "Next", "Register", "RegisterFor", "Routes"]
 

@@ -11,8 +11,10 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from typing_extensions import TypeVar
 
 from asyncq.client import MAX_PAYLOAD_BYTES, Client
+from asyncq.clock import Seconds
 from asyncq.errors import AsyncqError
-from asyncq.task import Seconds, Task, TaskHandle, TaskInfo, TaskOptions, TaskType
+from asyncq.options import TaskOptions
+from asyncq.task import Task, TaskHandle, TaskInfo, TaskType
 
 R = TypeVar("R")
 T_co = TypeVar("T_co", covariant=True, default=Any)

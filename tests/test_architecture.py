@@ -25,7 +25,7 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "nouns": Room("task message payload errors retry clock outcome proto", "nouns"),
+    "nouns": Room("task options message payload errors retry clock outcome proto", "nouns"),
     "settings": Room("settings", "nouns"),
     "broker": Room("broker", "broker nouns"),
     "mux": Room("mux context handler", "mux nouns"),

@@ -33,9 +33,9 @@ from asyncq import Client, Context, Inspector, Mux, Retry, Server, SkipRetry, Ta
 from asyncq.broker import keys
 from asyncq.cli.main import app
 from asyncq.message import MALFORMED_TYPE
+from asyncq.options import FOR_HANDLER, FOR_RUN, FOR_TASK, FOR_TYPE
 from asyncq.proto import asynq_pb2
 from asyncq.settings import Settings
-from asyncq.task import FOR_HANDLER, FOR_RUN, FOR_TASK, FOR_TYPE
 from asyncq.testing import make_context
 from tests.e2e.command import Running, run
 from tests.e2e.program import environment

@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
 from asyncq.broker import keys
-from asyncq.broker.connection import Answer, ConnectionLostError, EndWait, Pool, Waited, refusal
+from asyncq.broker.connection import Answer, EndWait, Pool, Waited
 from asyncq.broker.keys import queue_keys
+from asyncq.broker.refusal import ConnectionLostError, refusal
 from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import SCRIPTS, Call, Command
 from asyncq.errors import (

@@ -1,4 +1,4 @@
-"""From a URL to connections: what goes out in one write, what comes back, and what went wrong."""
+"""Connections to one Redis: what goes out in one write, and what comes back."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 import redis.asyncio as aioredis
 from redis import exceptions
-from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from asyncq.broker.embedded import Store, open_store_async
 from asyncq.broker.pipeline import CALL_TIMEOUT_S, Pipeline
+from asyncq.broker.refusal import (
+    ConnectionLostError,
+    NoPermissionError,
+    NoScriptError,
+    ReadOnlyError,
+    is_lost,
+    refusal,
+    translate,
+)
 from asyncq.broker.resp import Arg, pack, text
 from asyncq.broker.scripts import Command
-from asyncq.errors import BrokerError, BrokerFullError, BrokerUnavailableError, OptionError
+from asyncq.broker.url import parsed, without_password
+from asyncq.errors import BrokerError, BrokerUnavailableError
 
 OLDEST_REDIS: Final = (6, 2)  # RPOP with a count, ZMSCORE, ZADD GT, RESP3 tracking
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -30,109 +38,12 @@ POOL_SIZE: Final = 16
 UNBLOCK_AGAIN_S: Final = 0.02
 SOON_S: Final = 0.0002  # a Redis that answers within this is near
 
-_TRANSIENT = ("LOADING", "BUSY ", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS",
-              "MISCONF", "UNBLOCKED", "max number of clients")  # fmt: skip
-
-_LOST = (exceptions.ConnectionError, exceptions.TimeoutError)
-
-_URL_OPTIONS = {
-    "client_name", "connection_class", "db", "host", "password", "path", "port", "username",
-}  # fmt: skip
-
 Answer = Any
 """What Redis answered: bytes, int, None or lists of these; a `BrokerError` where it refused."""
 
 Waited: TypeAlias = "list[Answer] | ConnectionLostError"
 
 EndWait: TypeAlias = Callable[[], Awaitable[None]]
-
-
-class ConnectionLostError(BrokerUnavailableError):
-    """The connection died; `sent` tells whether Redis may have carried the commands out."""
-
-    def __init__(self, cause: BaseException, where: str, *, sent: bool) -> None:
-        super().__init__(f"no connection to Redis at {where}: {cause}")
-        self.sent = sent
-
-
-def translate(error: exceptions.RedisError) -> BrokerError:
-    """Turn an error of redis-py into ours: full, unavailable (try later), or refused."""
-    text = str(error)
-    if _is_refused_login(error):
-        return _refused_login(text)
-    if isinstance(error, exceptions.NoPermissionError):
-        return _no_permission(text)
-    if isinstance(error, exceptions.ReadOnlyError):
-        return _read_only(text)
-    if isinstance(error, _LOST):
-        return _unavailable(text)
-    return refusal(text)
-
-
-def refusal(text: str) -> BrokerError:
-    """Turn what Redis answered instead of a result into an error: full, try later, or refused."""
-    code, _, rest = text.partition(" ")
-    if code == "NOSCRIPT":
-        return _NoScript(text)
-    if code in ("NOAUTH", "WRONGPASS"):
-        return _refused_login(rest)
-    if "OOM command not allowed" in text:  # inside a script it is not the first word
-        return BrokerFullError(
-            f"Redis is at its memory limit and takes no new tasks ({text}): let workers drain "
-            "the queues, or raise maxmemory"
-        )
-    if code == "NOPERM":
-        return _no_permission(rest)
-    if "READONLY" in text:
-        return _read_only(text)
-    return _unavailable(text) if text.startswith(_TRANSIENT) else BrokerError(text)
-
-
-def _refused_login(text: str) -> BrokerError:
-    return BrokerError(f"Redis refused the credentials: {text}")
-
-
-def _no_permission(text: str) -> BrokerError:
-    return _NoPermission(f"Redis does not permit the command: {text}")
-
-
-def _read_only(text: str) -> BrokerError:
-    return _ReadOnly(f"Redis is a replica, which takes no writes: {text}")
-
-
-def _unavailable(text: str) -> BrokerError:
-    return BrokerUnavailableError(f"Redis is not available: {text}")
-
-
-def _is_refused_login(error: BaseException) -> bool:
-    # redis-py wraps it in a ConnectionError while it connects, and one is a ConnectionError.
-    cause = error.__cause__ or error.__context__
-    return isinstance(error, exceptions.AuthenticationError) or isinstance(
-        cause, exceptions.AuthenticationError
-    )
-
-
-async def _known_as(pipeline: Pipeline) -> tuple[str, str] | None:
-    (info,) = await pipeline.call(pack(["CLIENT", "INFO"]), 1)
-    found = re.match(rb"id=(\d+) addr=(\S+)", info) if isinstance(info, bytes) else None
-    return None if found is None else (text(found[1]), text(found[2]))  # None: we may not ask
-
-
-def _translated(answers: list[Any]) -> list[Answer]:
-    for i, answer in enumerate(answers):
-        if isinstance(answer, hiredis.ReplyError):
-            answers[i] = refusal(str(answer))
-    return answers
-
-
-def _worth_repeating(answer: Answer) -> Answer:
-    return _unavailable(str(answer)) if isinstance(answer, _NoScript) else answer
-
-
-def _packed(command: Sequence[Arg] | bytes | Command) -> bytes:
-    if isinstance(command, Command):
-        return command.packed
-    return command if isinstance(command, bytes) else pack(command)
 
 
 class Pool:
@@ -144,8 +55,8 @@ class Pool:
 
     def __init__(self, url: str, *, size: int = POOL_SIZE) -> None:
         self.url = url
-        self.where = _without_password(url)
-        self._kwargs, self._embedded_path = _parse(url)
+        self.where = without_password(url)
+        self._kwargs, self._embedded_path = parsed(url)
         self._store: Store | None = None
         self._free = asyncio.Semaphore(size)
         self._idle: list[Pipeline] = []  # the last used is taken first
@@ -166,7 +77,7 @@ class Pool:
             self._kwargs["path"] = self._store.socket
         self._open = True
         (info,) = await self.call(["INFO", "server"])
-        if isinstance(info, _NoPermission):
+        if isinstance(info, NoPermissionError):
             return  # a producer needs no right to INFO; a Redis that is too old shows otherwise
         if isinstance(info, BrokerError):
             raise info
@@ -218,7 +129,7 @@ class Pool:
                 self._give_up(pipeline)
                 on_answers(ConnectionLostError(answers, self.where, sent=True))
             else:
-                if any(isinstance(answer, _ReadOnly) for answer in _translated(answers)):
+                if any(isinstance(answer, ReadOnlyError) for answer in _translated(answers)):
                     self._forget_primary()
                 on_answers([_worth_repeating(answer) for answer in answers])
 
@@ -302,11 +213,7 @@ class Pool:
             async with asyncio.timeout(CALL_TIMEOUT_S):  # redis-py has none for the login
                 await connection.connect()
         except exceptions.RedisError as error:
-            if (
-                isinstance(error, _LOST)
-                and not isinstance(error, exceptions.BusyLoadingError)
-                and not _is_refused_login(error)
-            ):
+            if is_lost(error):
                 raise ConnectionLostError(error, self.where, sent=False) from error
             raise translate(error) from error
         except OSError as error:
@@ -357,14 +264,14 @@ class Pool:
             answers = _translated(await answered)
             for i, command in enumerate(commands):
                 # A script that Redis lost is sent again, alone: its neighbours have run.
-                if isinstance(answers[i], _NoScript) and isinstance(command, Command):
+                if isinstance(answers[i], NoScriptError) and isinstance(command, Command):
                     answers[i : i + 1] = _translated(await pipeline.call(pack(command.by_text), 1))
         except OSError as error:  # a TimeoutError, too
             self._give_up(pipeline)
             raise ConnectionLostError(error, self.where, sent=True) from error
         finally:
             answered.cancel()  # if it has not come, nobody waits for it any more
-        if any(isinstance(answer, _ReadOnly) for answer in answers):
+        if any(isinstance(answer, ReadOnlyError) for answer in answers):
             self._forget_primary()
         return answers
 
@@ -412,58 +319,29 @@ class Pool:
         return connection
 
 
-class _ReadOnly(BrokerUnavailableError):
-    """Redis is a replica now, or still."""
+async def _known_as(pipeline: Pipeline) -> tuple[str, str] | None:
+    (info,) = await pipeline.call(pack(["CLIENT", "INFO"]), 1)
+    found = re.match(rb"id=(\d+) addr=(\S+)", info) if isinstance(info, bytes) else None
+    return None if found is None else (text(found[1]), text(found[2]))  # None: we may not ask
 
 
-class _NoPermission(BrokerError):
-    """The user that we are in Redis has no right to a command."""
+def _translated(answers: list[Any]) -> list[Answer]:
+    for i, answer in enumerate(answers):
+        if isinstance(answer, hiredis.ReplyError):
+            answers[i] = refusal(str(answer))
+    return answers
 
 
-class _NoScript(BrokerError):
-    """Redis does not know the script: it was restarted, or its scripts were flushed."""
+def _worth_repeating(answer: Answer) -> Answer:
+    if isinstance(answer, NoScriptError):
+        return BrokerUnavailableError(f"Redis lost the script: {answer}")
+    return answer
 
 
-def _parse(url: str) -> tuple[dict[str, Any], str | None]:
-    try:
-        match urlsplit(url).scheme:
-            case "embedded":
-                path, _, query = url.removeprefix("embedded://").partition("?")
-                kwargs = {"connection_class": aioredis.UnixDomainSocketConnection, "db": _db(query)}
-                return kwargs, unquote(path)
-            case "redis-socket":  # Asynq's name for unix://
-                return _connection_options(_unix_url(url)), None
-            case "redis" | "rediss" | "unix":
-                return _connection_options(url), None
-            case _:
-                pass
-    except (ValueError, TypeError) as error:
-        raise OptionError(f"the Redis URL {_without_password(url)!r} is wrong: {error}") from None
-    raise OptionError(
-        f"the Redis URL {_without_password(url)!r} has an unknown scheme: use redis://, rediss://, "
-        "unix://, redis-socket:// or embedded://"
-    )
-
-
-def _connection_options(url: str) -> dict[str, Any]:
-    options: dict[str, Any] = dict(parse_url(url))
-    for name in options:
-        if name not in _URL_OPTIONS and not name.startswith("ssl_"):
-            raise ValueError(f"there is no option {name!r}, only db, client_name and ssl_...")
-    return options
-
-
-def _unix_url(url: str) -> str:
-    return "unix://" + url.removeprefix("redis-socket://")
-
-
-def _db(query: str) -> int:
-    return int(parse_qs(query).get("db", ["0"])[0])
-
-
-def _without_password(url: str) -> str:
-    masked = re.sub(r"(://[^/@]*?):.*@", r"\1:***@", url)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", masked)
+def _packed(command: Sequence[Arg] | bytes | Command) -> bytes:
+    if isinstance(command, Command):
+        return command.packed
+    return command if isinstance(command, bytes) else pack(command)
 
 
 def _check_version(info: bytes) -> None:

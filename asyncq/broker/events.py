@@ -10,9 +10,10 @@ from typing import Any, Final
 import hiredis
 import redis.asyncio as aioredis
 
-from asyncq.broker.connection import Answer, ConnectionLostError, Pool, refusal
+from asyncq.broker.connection import Answer, Pool
 from asyncq.broker.keys import SERVERS, queue_keys
 from asyncq.broker.pipeline import Pipeline
+from asyncq.broker.refusal import ConnectionLostError, refusal
 from asyncq.broker.resp import Arg, pack, text
 from asyncq.errors import BrokerError, BrokerUnavailableError
 

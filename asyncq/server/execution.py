@@ -18,6 +18,7 @@ from asyncq.errors import AsyncqError, InvalidPayloadError, LeaseExpiredError
 from asyncq.handler import Entry
 from asyncq.message import TaskMessage, completed, failed
 from asyncq.mux import Routes
+from asyncq.options import DEFAULT_TIMEOUT_S
 from asyncq.outcome import DONE, REQUEUE, Outcome
 from asyncq.payload import encode
 from asyncq.retry import Retry, RetryDelay, RevokeTask, SkipRetry, Snooze, asynq_delay
@@ -30,7 +31,6 @@ from asyncq.server.in_flight import (
     Lane,
     Run,
 )
-from asyncq.task import DEFAULT_TIMEOUT_S
 
 log = logging.getLogger("asyncq.server")
 

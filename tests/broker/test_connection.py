@@ -11,7 +11,8 @@ from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, OptionError
 from asyncq.broker import pipeline
-from asyncq.broker.connection import ConnectionLostError, EndWait, Pool, Waited
+from asyncq.broker.connection import EndWait, Pool, Waited
+from asyncq.broker.refusal import ConnectionLostError
 from asyncq.broker.scripts import SCRIPTS
 from tests.chaos.proxy import proxied
 from tests.stores import Database, StoreServer

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 
 from asyncq import BrokerError, DuplicateTaskError, TaskIDConflictError
 from asyncq.broker.broker import Broker, NewTask
+from tests.broker.conftest import BrokerWithout
 from tests.chaos.live import Queue, QueueState
-from tests.stores import Database
 
 LOCK = "asynq:{default}:unique:t:x"
-
-
-@pytest.fixture
-async def broker(each_store: Database) -> AsyncIterator[Broker]:
-    broker = Broker(each_store.url)
-    await broker.open()
-    yield broker
-    await broker.close()
-
-
-@pytest.fixture
-async def queue(each_store: Database) -> AsyncIterator[Queue]:
-    async with Redis.from_url(each_store.url) as redis:
-        yield Queue(redis)
 
 
 async def put(broker: Broker, *tasks: NewTask) -> list[type[Exception] | None]:
@@ -151,16 +135,12 @@ async def test_tasks_with_and_without_an_id_of_their_own_keep_their_order(
     assert await queue.pending() == ["a", "b", "c", "d"]
 
 
-async def test_a_user_without_transactions_can_enqueue(each_store: Database, queue: Queue) -> None:
-    name = f"u{each_store.number}"
-    rights = ("~*", "+@all", "-multi", "-exec")
-    await queue.redis.execute_command("ACL", "SETUSER", name, "on", ">p", *rights)
-    broker = Broker(each_store.url.replace("unix://", f"unix://{name}:p@"))
-    await broker.open()
+async def test_a_user_without_transactions_can_enqueue(
+    broker_without: BrokerWithout, queue: Queue
+) -> None:
+    broker = await broker_without("multi", "exec")
     assert await put(broker, NewTask("a", "t", b"m", new_id=True)) == [None]
     assert await queue.state() == QueueState(pending=1, hashes=1)
-    await broker.close()
-    await queue.redis.execute_command("ACL", "DELUSER", name)
 
 
 async def test_many_at_once_are_each_in_once(broker: Broker, queue: Queue) -> None:

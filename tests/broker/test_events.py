@@ -45,12 +45,6 @@ class Heard:
 
 
 @pytest.fixture
-async def redis(each_store: Database) -> AsyncIterator[Redis]:
-    async with Redis.from_url(each_store.url) as redis:
-        yield redis
-
-
-@pytest.fixture
 async def heard(each_store: Database) -> AsyncIterator[Heard]:
     async with Heard(each_store.url) as heard:
         yield heard

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from redis.asyncio import Redis
 
 from asyncq import BrokerError, Client, Task
 from asyncq.broker.broker import Answered, Broker, Request
@@ -19,26 +17,6 @@ from tests.chaos.proxy import proxied
 from tests.stores import Database
 
 sequences = itertools.count(1)
-
-
-@pytest.fixture
-async def broker(each_store: Database) -> AsyncIterator[Broker]:
-    broker = Broker(each_store.url)
-    await broker.open()
-    yield broker
-    await broker.close()
-
-
-@pytest.fixture
-async def client(each_store: Database) -> AsyncIterator[Client]:
-    async with Client(each_store.url) as client:
-        yield client
-
-
-@pytest.fixture
-async def queue(each_store: Database) -> AsyncIterator[Queue]:
-    async with Redis.from_url(each_store.url) as redis:
-        yield Queue(redis)
 
 
 async def pump(broker: Broker, request: Request, server: str = "s1") -> Answered:

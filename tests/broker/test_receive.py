@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, Client, Task
 from asyncq.broker import broker as broker_module
@@ -16,31 +14,12 @@ from asyncq.broker.connection import EndWait
 from asyncq.broker.scripts import SCRIPTS
 from asyncq.server.in_flight import InFlight
 from asyncq.server.loops.recoverer import Recoverer
+from tests.broker.conftest import BrokerWithout
 from tests.chaos.live import Queue, QueueState, eventually
 from tests.chaos.proxy import proxied
 from tests.stores import Database
 
 sequences = itertools.count(1)
-
-
-@pytest.fixture
-async def broker(each_store: Database) -> AsyncIterator[Broker]:
-    broker = Broker(each_store.url)
-    await broker.open()
-    yield broker
-    await broker.close()
-
-
-@pytest.fixture
-async def client(each_store: Database) -> AsyncIterator[Client]:
-    async with Client(each_store.url) as client:
-        yield client
-
-
-@pytest.fixture
-async def queue(each_store: Database) -> AsyncIterator[Queue]:
-    async with Redis.from_url(each_store.url) as redis:
-        yield Queue(redis)
 
 
 class Waiting:
@@ -394,6 +373,21 @@ async def test_the_recoverer_leaves_alone_what_was_taken_or_done_meanwhile(
     await queue.redis.delete(queue.keys.task("a"), queue.keys.active)  # received, run and done
     assert await broker.recover("default", [(found, "requeue", 0, b"")]) == 0
     assert await queue.state() == QueueState()
+
+
+async def test_a_recovery_that_redis_does_not_permit_is_told(
+    broker_without: BrokerWithout,
+    client: Client,
+    queue: Queue,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = await broker_without("lpos")
+    await client.enqueue(Task("t", task_id="a"))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    (found,) = await broker.expired("default")
+    assert await broker.recover("default", [(found, "requeue", 0, b"")]) == 0
+    assert "task 'a' of queue 'default' could not be recovered" in caplog.text
+    assert await queue.redis.lrange(queue.keys.active, 0, -1) == [b"a"]
 
 
 async def test_a_full_redis_still_gives_its_task(

@@ -18,6 +18,7 @@ from asyncq import (
     Client,
     Context,
     DuplicateTaskError,
+    MalformedMessageError,
     Mux,
     OptionError,
     PayloadTooLargeError,
@@ -357,6 +358,13 @@ async def test_info_of_a_task_through_its_life(
     assert (info.state, info.result) == ("completed", b'"done"')
     assert info.completed_at is not None
     assert await queue.state() == QueueState(completed=1, hashes=1)
+
+
+async def test_a_task_in_a_state_of_another_program_is_told(client: Client, queue: Queue) -> None:
+    handle = await client.enqueue(Task("t", task_id="a"))
+    await queue.redis.hset(queue.keys.task("a"), "state", "dreaming")
+    with pytest.raises(MalformedMessageError, match=r"'a'.*'dreaming'"):
+        await handle.info()
 
 
 async def _progress(handle: TaskHandle[Any]) -> bool:
