@@ -101,7 +101,8 @@ class Pool:
         async with self._free:
             pipeline = self._take() or await self._connect()
             try:
-                await self._end_given_up(pipeline)
+                if self._given_up:
+                    await self._end_given_up(pipeline)
                 answers = await self._call_on(pipeline, commands, soon)
             finally:
                 self._give_back(pipeline)
@@ -128,10 +129,12 @@ class Pool:
             if isinstance(answers, Exception):
                 self._give_up(pipeline)
                 on_answers(ConnectionLostError(answers, self.where, sent=True))
-            else:
-                if any(isinstance(answer, ReadOnlyError) for answer in _translated(answers)):
+            elif _translated(answers):
+                if any(isinstance(answer, ReadOnlyError) for answer in answers):
                     self._forget_primary()
                 on_answers([_worth_repeating(answer) for answer in answers])
+            else:
+                on_answers(answers)
 
         async def end() -> None:
             while pipeline in self._waiting:
@@ -238,8 +241,6 @@ class Pool:
         What the network still holds of them would be carried out when it comes, after its own
         repetition: a task would be put on its queue twice.
         """
-        if not self._given_up:
-            return
         given_up = set(self._given_up)
         # The address as well, for a Redis that was restarted counts its clients anew.
         kills = [pack(["CLIENT", "KILL", "ID", i, "ADDR", address]) for i, address in given_up]
@@ -261,11 +262,15 @@ class Pool:
         try:
             if soon:
                 await self._stay_awake(answered)
-            answers = _translated(await answered)
+            answers = await answered
+            if not _translated(answers):
+                return answers
             for i, command in enumerate(commands):
                 # A script that Redis lost is sent again, alone: its neighbours have run.
                 if isinstance(answers[i], NoScriptError) and isinstance(command, Command):
-                    answers[i : i + 1] = _translated(await pipeline.call(pack(command.by_text), 1))
+                    again = await pipeline.call(pack(command.by_text), 1)
+                    _translated(again)
+                    answers[i : i + 1] = again
         except OSError as error:  # a TimeoutError, too
             self._give_up(pipeline)
             raise ConnectionLostError(error, self.where, sent=True) from error
@@ -325,11 +330,14 @@ async def _known_as(pipeline: Pipeline) -> tuple[str, str] | None:
     return None if found is None else (text(found[1]), text(found[2]))  # None: we may not ask
 
 
-def _translated(answers: list[Any]) -> list[Answer]:
+def _translated(answers: list[Any]) -> bool:
+    """Make what Redis refused errors of ours, in place; False if it refused nothing."""
+    if hiredis.ReplyError not in map(type, answers):  # nearly always, so no loop of Python's
+        return False
     for i, answer in enumerate(answers):
         if isinstance(answer, hiredis.ReplyError):
             answers[i] = refusal(str(answer))
-    return answers
+    return True
 
 
 def _worth_repeating(answer: Answer) -> Answer:
