@@ -27,10 +27,10 @@ from asyncq.errors import (
     TaskIDConflictError,
     TaskNotFoundError,
 )
-from asyncq.handler import Handler, Next
+from asyncq.handler import Handler, HandlerOptions, Next, RunOptions
 from asyncq.inspector import Inspector, QueueInfo
 from asyncq.mux import Middleware, Mux
-from asyncq.options import HandlerOptions, RunOptions, TaskOptions, TypeOptions
+from asyncq.options import TaskOptions, TypeOptions
 from asyncq.retry import (
     Retry,
     RetryDelay,

@@ -15,6 +15,7 @@ from typing import (
     NoReturn,
     ParamSpec,
     TypeAlias,
+    TypedDict,
     Union,
     cast,
     get_args,
@@ -25,12 +26,27 @@ from typing import (
 
 from typing_extensions import TypeVar
 
+from asyncq.clock import Seconds
 from asyncq.context import Context
 from asyncq.errors import InvalidPayloadError, PayloadError
+from asyncq.options import TypeOptions
 from asyncq.retry import RetryDelay, delay_policy
 from asyncq.task import Task, TaskType, codec_of
 
-__all__ = ["Call", "Entry", "Handler", "Kind", "Next", "RunSync", "Signature", "name_of"]
+__all__ = [
+    "FOR_HANDLER",
+    "FOR_RUN",
+    "Call",
+    "Entry",
+    "Handler",
+    "HandlerOptions",
+    "Kind",
+    "Next",
+    "RunOptions",
+    "RunSync",
+    "Signature",
+    "name_of",
+]
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -44,6 +60,22 @@ Next: TypeAlias = Callable[[Task[Any], Context[Any]], Awaitable[Any]]
 """What a middleware calls to go on: the next middleware, or the handler."""
 
 _NOTHING = inspect.Parameter.empty
+
+
+class RunOptions(TypedDict, total=False):
+    """What only the worker needs to know of a type."""
+
+    executor: Literal["thread", "process"]
+    retry_delay: Seconds | Callable[[int, BaseException, Task], Seconds]
+    is_failure: Callable[[BaseException], bool]
+
+
+class HandlerOptions(TypeOptions, RunOptions, total=False):
+    """What `@mux.task("name")` takes: it declares the type and its handler in one."""
+
+
+FOR_RUN = frozenset(RunOptions.__optional_keys__)
+FOR_HANDLER = frozenset(HandlerOptions.__optional_keys__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,21 @@ from typing_extensions import TypeVar
 
 from asyncq.context import Context
 from asyncq.errors import HandlerNotFoundError, OptionError
-from asyncq.handler import Call, Entry, Handler, Next, RunSync, Signature, name_of
-from asyncq.options import (
+from asyncq.handler import (
     FOR_HANDLER,
     FOR_RUN,
-    FOR_TYPE,
+    Call,
+    Entry,
+    Handler,
     HandlerOptions,
+    Next,
     RunOptions,
+    RunSync,
+    Signature,
+    name_of,
+)
+from asyncq.options import (
+    FOR_TYPE,
     TypeOptions,
     check_options,
     merge_options,

@@ -7,13 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from asyncq.clock import Seconds, seconds, to_unix
 from asyncq.errors import OptionError
-
-if TYPE_CHECKING:
-    from asyncq.task import Task
 
 DEFAULT_QUEUE = "default"
 DEFAULT_MAX_RETRY = 25
@@ -43,22 +40,8 @@ class TaskOptions(TypeOptions, total=False):
     process_in: Seconds
 
 
-class RunOptions(TypedDict, total=False):
-    """What only the worker needs to know of a type."""
-
-    executor: Literal["thread", "process"]
-    retry_delay: Seconds | Callable[[int, BaseException, Task], Seconds]
-    is_failure: Callable[[BaseException], bool]
-
-
-class HandlerOptions(TypeOptions, RunOptions, total=False):
-    """What `@mux.task("name")` takes: it declares the type and its handler in one."""
-
-
 FOR_TYPE = frozenset(TypeOptions.__optional_keys__)
 FOR_TASK = frozenset(TaskOptions.__optional_keys__)
-FOR_RUN = frozenset(RunOptions.__optional_keys__)
-FOR_HANDLER = frozenset(HandlerOptions.__optional_keys__)
 
 _ABSENT_IF_NONE = frozenset({"timeout", "unique", "retention", "group"})
 
@@ -200,7 +183,7 @@ def _misplaced(name: str, allowed: frozenset[str], where: str) -> str:
         )
     if name in FOR_TASK:
         return f"{where}: {name!r} belongs to one task: give it to .new(...) or enqueue(...)"
-    if name in FOR_RUN:
+    if name in _CHECKS:
         return f"{where}: {name!r} belongs to the worker: give it to @mux.task(...)"
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(allowed))}"

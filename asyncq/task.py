@@ -295,6 +295,7 @@ class TaskHandle(Generic[T_co]):
 
         Raises:
             TaskNotFoundError: it is not there any more.
+            MalformedMessageError: another program has written what cannot be read.
         """
         return await self._client.task_info(self.id, self.queue)
 

@@ -32,8 +32,9 @@ import asyncq
 from asyncq import Client, Context, Inspector, Mux, Retry, Server, SkipRetry, TaskHandle
 from asyncq.broker import keys
 from asyncq.cli.main import app
+from asyncq.handler import FOR_HANDLER, FOR_RUN
 from asyncq.message import MALFORMED_TYPE
-from asyncq.options import FOR_HANDLER, FOR_RUN, FOR_TASK, FOR_TYPE
+from asyncq.options import FOR_TASK, FOR_TYPE
 from asyncq.proto import asynq_pb2
 from asyncq.settings import Settings
 from asyncq.testing import make_context

@@ -7,6 +7,8 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import Context as Variables
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -106,6 +108,7 @@ class Server:
         self._parts: _Parts | None = None
         self._loops: dict[str, asyncio.Task[None]] = {}
         self._stack = AsyncExitStack()  # what the mux was given for the time of the run
+        self._context: Variables | None = None  # of start and end, so that a lifespan can reset
         self._stopped = False
         self._shutdown_wanted = asyncio.Event()
         self._forced = asyncio.Event()
@@ -161,7 +164,10 @@ class Server:
         if self._state != "new":
             raise AsyncqError("the server is running already")
         self._state = "starting"
-        self._starting = asyncio.create_task(self._start_up(mux), name="asyncq-start")
+        self._context = copy_context()
+        self._starting = asyncio.create_task(
+            self._start_up(mux), name="asyncq-start", context=self._context
+        )
         try:
             await self._starting
         except asyncio.CancelledError:
@@ -209,7 +215,9 @@ class Server:
         spending a retry. Repeating it waits for the same end; cancelling it does not cut it off.
         """
         if self._closing is None:
-            self._closing = asyncio.create_task(self._shut_down(), name="asyncq-shutdown")
+            self._closing = asyncio.create_task(
+                self._shut_down(), name="asyncq-shutdown", context=self._context
+            )
         await asyncio.shield(self._closing)
 
     # How it is built
@@ -396,7 +404,7 @@ class Server:
                 "are recovered",
                 unsaved,
             )
-        elif not drained:
+        elif not drained or parts.pump.owes():
             log.warning("Redis did not answer: what it may have sent is recovered within 37 s")
 
 

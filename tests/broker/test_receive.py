@@ -318,6 +318,19 @@ async def test_ghosts_do_not_keep_a_task_from_who_waits_for_it(
     assert (await queue.leases()).keys() == {"a"}
 
 
+async def test_nor_if_it_stands_behind_many_that_run(
+    broker: Broker, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "WAIT_S", 0.01)
+    await client.enqueue(Task("t", task_id="a"))
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    running = [f"running{i}" for i in range(100)]
+    await queue.redis.lpush(queue.keys.active, "ghost", *running)
+    await queue.redis.zadd(queue.keys.lease, dict.fromkeys(running, 4_000_000_000))
+    waiting = await Waiting(broker).begin()
+    assert await waiting.got() == ["a"]
+
+
 async def test_a_wait_that_is_ended_is_answered_and_takes_nothing_more(
     broker: Broker, client: Client, queue: Queue
 ) -> None:

@@ -356,8 +356,9 @@ async def test_handlers_see_the_context_variables_that_the_lifespan_set(
 
     @asynccontextmanager
     async def lifespan(mux: Mux[None]) -> AsyncIterator[None]:
-        variable.set("by the lifespan")
+        token = variable.set("by the lifespan")
         yield
+        variable.reset(token)  # as it may only be in the context in which it was set
 
     mux: Mux[None] = Mux(lifespan=lifespan)
 

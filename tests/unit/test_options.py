@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from asyncq.errors import AsyncqError, OptionError
-from asyncq.options import FOR_HANDLER, FOR_RUN, FOR_TASK, FOR_TYPE, Plan, check_options, resolve
+from asyncq.handler import FOR_HANDLER, FOR_RUN, HandlerOptions, RunOptions
+from asyncq.options import (
+    FOR_TASK,
+    FOR_TYPE,
+    Plan,
+    TaskOptions,
+    TypeOptions,
+    check_options,
+    resolve,
+)
 from asyncq.task import Task, TaskType
 
 NOW = 1_800_000_000.25
@@ -231,3 +240,8 @@ def test_headers_given_are_not_changed_later() -> None:
     task = Task("t", headers=headers)
     headers["a"] = "2"
     assert task.plan(NOW).headers == {"a": "1"} == task.headers
+
+
+@pytest.mark.parametrize("options", [TypeOptions, TaskOptions, RunOptions, HandlerOptions])
+def test_the_types_of_options_can_be_read_at_run_time(options: Any) -> None:
+    assert get_type_hints(options).keys() == options.__optional_keys__

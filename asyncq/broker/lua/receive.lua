@@ -6,41 +6,45 @@
 -- It runs while somebody waits for it, in a Redis that was idle: there each call of Redis and
 -- each library takes some 10 µs, so it does without what is not needed for one task.
 local time = redis.call('TIME')
-local PAGE, PAGES = 100, 10 -- of the youngest in active: others may have been served in this moment
+local PAGE, LOOKED_AT = 100, 1000 -- of the youngest in active: others may have been served, too
 
 -- What was moved and not yet taken has no lease, and is not called active. If BLMOVE served
 -- several clients at once, it does not matter who takes whose.
 local id, key, message
 local ghosts = {}
 
-local function find(ids)
-  for _, one in ipairs(ids) do
-    if not redis.call('ZSCORE', lease, one) then
-      key = prefix .. 't:' .. one
-      local found = redis.pcall('HMGET', key, 'msg', 'state')
-      if found[2] ~= 'active' then
-        message = found[1]
-        if message then
-          id = one
-          return
-        end
-        ghosts[#ghosts + 1] = one -- no hash, or no hash with a message: nothing that could be run
-        redis.call('LREM', active, 1, one)
-        if not found.err then
-          redis.call('UNLINK', key)
-        end
-      end
-    end
+local function take(one)
+  key = prefix .. 't:' .. one
+  local found = redis.pcall('HMGET', key, 'msg', 'state')
+  if found[2] == 'active' then
+    return
+  end
+  message = found[1]
+  if message then
+    id = one
+    return
+  end
+  ghosts[#ghosts + 1] = one -- no hash, or no hash with a message: nothing that could be run
+  redis.call('LREM', active, 1, one)
+  if not found.err then
+    redis.call('UNLINK', key)
   end
 end
 
-for page = 0, PAGES - 1 do
-  local ids = redis.call('LRANGE', active, page * PAGE, (page + 1) * PAGE - 1)
-  find(ids)
-  if id or #ids < PAGE then
-    break
+local seen, page = 0, 1 -- mostly it is the youngest
+repeat
+  local first = seen - #ghosts -- which have left the list
+  local ids = redis.call('LRANGE', active, first, first + page - 1)
+  local scores = #ids > 0 and redis.call('ZMSCORE', lease, unpack(ids))
+  for i, one in ipairs(ids) do
+    if not scores[i] and not id then
+      take(one)
+    end
   end
-end
+  seen = seen + #ids
+  local all = #ids < page
+  page = PAGE
+until id or all or seen > LOOKED_AT
 
 if id and redis.call('EXISTS', paused) == 1 then
   redis.call('DEL', prefix) -- allowed at the memory limit, see pump

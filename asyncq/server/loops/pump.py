@@ -82,6 +82,7 @@ class Pump:
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
         self._end_wait: EndWait | None = None  # of the request that Redis holds
+        self._ending: asyncio.Future[None] | None = None  # that, at the stop
         self._failed: BaseException | None = None  # what `_received` raised
         self._ended = False
 
@@ -91,13 +92,15 @@ class Pump:
         self._backlog.clear()
         self._execution.put_back_waiting()
         self._in_flight.changed.set()
+        if self._end_wait is not None and self._ending is None:
+            # Beside the hands: its connection may be dead, and they have outcomes to save.
+            self._ending = asyncio.ensure_future(self._end_wait())
 
     async def run(self) -> None:
         """Pump until cancelled. A fetch under way must not be: await `drained` first."""
         try:
             async with asyncio.TaskGroup() as hands:
                 hands.create_task(self._work())
-                hands.create_task(self._end_wait_at_stop())
                 for other in self._others if self._overlaps else ():
                     hands.create_task(self._help(other))
         finally:
@@ -182,12 +185,6 @@ class Pump:
         except BaseException as error:
             self._failed = error
         self._in_flight.changed.set()
-
-    async def _end_wait_at_stop(self) -> None:
-        """Beside the hands: its connection may be dead, and they have outcomes to save."""
-        await self._stopping.wait()
-        if self._end_wait is not None:
-            await self._end_wait()
 
     async def _help(self, hand: Hand) -> None:
         """Work as well while there is a backlog.
