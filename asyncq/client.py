@@ -26,7 +26,7 @@ from asyncq.errors import (
     PayloadTooLargeError,
     TaskNotFoundError,
 )
-from asyncq.message import TaskMessage
+from asyncq.message import encode
 from asyncq.options import DEFAULT_QUEUE, Plan, TaskOptions
 from asyncq.settings import redis_url
 from asyncq.task import Progress, Task, TaskHandle, TaskInfo, TaskState, TaskType
@@ -275,34 +275,18 @@ class Client:
         if payload is not None and len(payload) > self._max_payload_bytes:
             raise PayloadTooLargeError(task.type, len(payload), self._max_payload_bytes)
         task_id = plan.task_id or _new_id()
-        message = TaskMessage(
-            type=task.type,
-            payload=payload,
-            id=task_id,
-            queue=plan.queue,
-            retry=plan.max_retry,
-            timeout=plan.timeout_s,
-            deadline=plan.deadline_unix,
-            retention=plan.retention_s,
-        )
-        if plan.headers:
-            message.headers.update(plan.headers)
-        if plan.group is not None:
-            message.group_key = plan.group
         now = time.time()
         later = plan.process_at_s is not None and plan.process_at_s > now
         at_ms = math.ceil(plan.process_at_s * 1000) if later and plan.process_at_s else None
         lock, lock_s = None, 0
         if plan.unique_s is not None:
             lock = queue_keys(plan.queue).unique(task.type, _digest(payload, plan.unique_key))
-            message.unique_key = lock
             # Held from the time the task is due. Rounded up: Asynq cuts, up to 1 s short.
             wait_s = plan.process_at_s - now if later and plan.process_at_s else 0.0
             lock_s = math.ceil(plan.unique_s + wait_s)
         new_id = plan.task_id is None
-        return NewTask(
-            task_id, task.type, message.SerializeToString(), new_id, at_ms, plan.group, lock, lock_s
-        )
+        message = encode(task.type, payload, task_id, plan, lock)
+        return NewTask(task_id, task.type, message, new_id, at_ms, plan.group, lock, lock_s)
 
     # By id
 

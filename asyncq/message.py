@@ -1,21 +1,47 @@
-"""What Redis stores of a task: reading it without trusting it, and rewriting it after a run."""
+"""What Redis stores of a task: writing it, reading it without trust, rewriting it after a run."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from asyncq.errors import MalformedMessageError
+from asyncq.options import Plan
 from asyncq.proto.asynq_pb2 import TaskMessage
 
-__all__ = ["TaskMessage", "completed", "decode", "failed", "quarantined"]
+__all__ = ["TaskMessage", "completed", "decode", "encode", "failed", "quarantined"]
 
 MALFORMED_TYPE: Final = "asyncq:malformed"
 """The type under which Go's tools list a task whose bytes were no message."""
 
 RAW_SHOWN_BYTES: Final = 64 * 1024
 ERROR_LIMIT: Final = 16 * 1024  # characters of an error kept with the task, and sent to it each run
+
+
+_PAYLOAD: Final = b"\x12"  # the tags of fields 2 and 3, which have a length
+_ID: Final = b"\x1a"
+
+
+def encode(
+    type: str, payload: bytes | None, task_id: str, plan: Plan, lock: str | None = None
+) -> bytes:
+    """Write the message of a new task; `lock` is the whole key of its uniqueness lock.
+
+    Tasks of a type mostly differ by payload and id alone, so the rest is kept, as protobuf wrote
+    it: a TaskMessage for each makes an enqueue 0.6 µs longer, and 40 µs after a rest.
+    """
+    rest = _rest(plan.queue, plan.max_retry, plan.timeout_s, plan.deadline_unix, plan.retention_s)
+    if lock is not None or plan.group is not None or plan.headers:
+        message = TaskMessage.FromString(rest)
+        message.unique_key = lock or ""
+        message.group_key = plan.group or ""
+        message.headers.update(plan.headers)
+        rest = message.SerializeToString()
+    raw_id = task_id.encode()
+    before = _PAYLOAD + _varint(len(payload)) if payload else b""  # an empty field is left out
+    return b"".join((_begin(type), before, payload or b"", _ID, _varint(len(raw_id)), raw_id, rest))
 
 
 def decode(task_id: str, queue: str, raw: bytes) -> TaskMessage:
@@ -61,6 +87,25 @@ def quarantined(task_id: str, queue: str, raw: bytes, reason: str, now_s: int) -
         error_msg=_text(f"asyncq: quarantined: {reason}"),
         last_failed_at=now_s,
     ).SerializeToString()
+
+
+@lru_cache(maxsize=1024)
+def _begin(type: str) -> bytes:
+    return TaskMessage(type=type).SerializeToString()
+
+
+@lru_cache(maxsize=1024)
+def _rest(queue: str, retry: int, timeout: int, deadline: int, retention: int) -> bytes:
+    return TaskMessage(
+        queue=queue, retry=retry, timeout=timeout, deadline=deadline, retention=retention
+    ).SerializeToString()
+
+
+def _varint(n: int) -> bytes:
+    """Write a length as protobuf does: seven bits a byte, the lowest first."""
+    if n < 0x80:
+        return bytes((n,))
+    return bytes((n & 0x7F | 0x80,)) + _varint(n >> 7)
 
 
 def _text(text: str) -> str:
