@@ -30,7 +30,7 @@ def encode(
     """Write the message of a new task; `lock` is the whole key of its uniqueness lock.
 
     Tasks of a type mostly differ by payload and id alone, so the rest is kept, as protobuf wrote
-    it: a TaskMessage for each makes an enqueue 0.6 µs longer, and 40 µs after a rest.
+    it: a TaskMessage for each makes an enqueue 0.6 µs longer, and some 15 µs after a rest.
     """
     rest = _rest(plan.queue, plan.max_retry, plan.timeout_s, plan.deadline_unix, plan.retention_s)
     if lock is not None or plan.group is not None or plan.headers:
