@@ -19,7 +19,6 @@ MALFORMED_TYPE: Final = "asyncq:malformed"
 RAW_SHOWN_BYTES: Final = 64 * 1024
 ERROR_LIMIT: Final = 16 * 1024  # characters of an error kept with the task, and sent to it each run
 
-
 _PAYLOAD: Final = b"\x12"  # the tags of fields 2 and 3, which have a length
 _ID: Final = b"\x1a"
 

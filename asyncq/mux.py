@@ -44,12 +44,7 @@ from asyncq.handler import (
     Signature,
     name_of,
 )
-from asyncq.options import (
-    FOR_TYPE,
-    TypeOptions,
-    check_options,
-    merge_options,
-)
+from asyncq.options import FOR_TYPE, TypeOptions, check_options, merge_options
 from asyncq.task import Enqueuer, Task, TaskType
 
 __all__ = ["Entry", "Handler", "Middleware", "Mux", "Next", "Register", "RegisterFor", "Routes"]

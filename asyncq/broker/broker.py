@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple, cast
 
 from asyncq.broker import keys
@@ -44,7 +44,13 @@ SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
 
 _MULTI: Final = pack(["MULTI"])
 _EXEC: Final = pack(["EXEC"])
-_BOOT_TIME: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
+
+# A clock that also runs while the machine is suspended, where there is one (Linux).
+_clock_s: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+    if hasattr(time, "CLOCK_BOOTTIME")
+    else time.monotonic
+)
 
 log = logging.getLogger("asyncq.broker")
 
@@ -432,11 +438,6 @@ def _refusal(task: NewTask, queue: str, reason: bytes, holder: str) -> AsyncqErr
             return DuplicateTaskError(task.type, queue, holder, task.lock or "")
         case _:
             return BrokerError(f"WRONGTYPE {holder} is no group: another program uses this key")
-
-
-def _clock_s() -> float:
-    """A clock that also runs while the machine is suspended, where there is one (Linux)."""
-    return time.monotonic() if _BOOT_TIME is None else time.clock_gettime(_BOOT_TIME)
 
 
 def _read(answer: Answer) -> Answered | BrokerError:

@@ -67,6 +67,16 @@ class Waiting:
         return answer
 
 
+async def moved_for_nobody(queue: Queue) -> None:
+    """Do what is left of a request whose client dies between its two commands."""
+    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+
+
+def is_whole(lease: float, answer: Answered) -> bool:
+    """Whether a lease is new, and its mark that of the answer."""
+    return 30 <= lease - answer.now <= 32 and (lease % 1) * 2**20 == answer.mark
+
+
 async def test_a_task_comes_when_it_is_put_on_the_queue(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
@@ -77,9 +87,7 @@ async def test_a_task_comes_when_it_is_put_on_the_queue(
     assert isinstance(answer, Answered)
     assert answer.messages == [await queue.redis.hget(queue.keys.task("a"), "msg")]
     assert await queue.state() == QueueState(active=1, lease=1, hashes=1)
-    lease = (await queue.leases())["a"]
-    assert 30 <= lease - answer.now <= 32
-    assert (lease % 1) * 2**20 == answer.mark
+    assert is_whole((await queue.leases())["a"], answer)
     assert await queue.in_state("a") == "active"
     assert not await queue.redis.hexists(queue.keys.task("a"), "pending_since")
 
@@ -155,7 +163,7 @@ async def test_a_paused_queue_whose_pending_was_spoiled_loses_no_task(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
     await client.enqueue(Task("t", task_id="a"))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     await queue.redis.set(queue.keys.paused, "1")
     await queue.redis.set(queue.keys.pending, "of another program")
     waiting = await Waiting(broker).begin()
@@ -186,7 +194,7 @@ async def test_what_has_lost_its_lease_is_left_to_the_recoverer(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
     await client.enqueue(Task("t", task_id="orphan"))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     await queue.redis.hset(queue.keys.task("orphan"), "state", "active")
     waiting = await Waiting(broker).begin()
     await client.enqueue(Task("t", task_id="a"))
@@ -198,7 +206,7 @@ async def test_what_has_a_lease_is_not_taken_whatever_its_hash_says(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
     await client.enqueue(Task("t", task_id="leased"))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     await queue.redis.zadd(queue.keys.lease, {"leased": 4_000_000_000})
     waiting = await Waiting(broker).begin()
     await client.enqueue(Task("t", task_id="a"))
@@ -300,9 +308,7 @@ async def test_what_is_given_again_has_its_whole_lease(
     await queue.redis.zadd(queue.keys.lease, {"a": lease - 30})
     again = await waiting.again()
     assert again.ids == ["a"]
-    renewed = (await queue.leases())["a"]
-    assert 30 <= renewed - again.now <= 32
-    assert (renewed % 1) * 2**20 == again.mark
+    assert is_whole((await queue.leases())["a"], again)
 
 
 async def test_ghosts_do_not_keep_a_task_from_who_waits_for_it(
@@ -323,7 +329,7 @@ async def test_nor_if_it_stands_behind_many_that_run(
 ) -> None:
     monkeypatch.setattr(broker_module, "WAIT_S", 0.01)
     await client.enqueue(Task("t", task_id="a"))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     running = [f"running{i}" for i in range(100)]
     await queue.redis.lpush(queue.keys.active, "ghost", *running)
     await queue.redis.zadd(queue.keys.lease, dict.fromkeys(running, 4_000_000_000))
@@ -344,9 +350,9 @@ async def test_a_wait_that_is_ended_is_answered_and_takes_nothing_more(
 async def test_a_task_that_was_moved_for_a_client_that_was_gone_is_not_lost(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
-    """As when the client dies between the two commands; it spends no retry."""
+    """It spends no retry."""
     await client.enqueue(Task("t", task_id="a", max_retry=0))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     assert await Recoverer(broker, in_flight()).tick() == 1
     assert await queue.pending() == ["a"]
     assert (await queue.message("a")).retried == 0
@@ -358,10 +364,10 @@ async def test_such_a_task_is_found_before_and_behind_many_that_run(
 ) -> None:
     await client.enqueue_many(Task("t", task_id=i) for i in "ab")
     running = [f"running{i}" for i in range(20 * BATCH)]
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     await queue.redis.lpush(queue.keys.active, *running)
     await queue.redis.zadd(queue.keys.lease, dict.fromkeys(running, 4_000_000_000))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     assert await Recoverer(broker, in_flight()).tick() == 2
     assert sorted(await queue.pending()) == ["a", "b"]
 
@@ -381,7 +387,7 @@ async def test_the_recoverer_leaves_alone_what_was_taken_or_done_meanwhile(
     broker: Broker, client: Client, queue: Queue
 ) -> None:
     await client.enqueue(Task("t", task_id="a"))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     (found,) = await broker.expired("default")
     await queue.redis.delete(queue.keys.task("a"), queue.keys.active)  # received, run and done
     assert await broker.recover("default", [(found, "requeue", 0, b"")]) == 0
@@ -396,7 +402,7 @@ async def test_a_recovery_that_redis_does_not_permit_is_told(
 ) -> None:
     broker = await broker_without("lpos")
     await client.enqueue(Task("t", task_id="a"))
-    await queue.redis.lmove(queue.keys.pending, queue.keys.active, "RIGHT", "LEFT")
+    await moved_for_nobody(queue)
     (found,) = await broker.expired("default")
     assert await broker.recover("default", [(found, "requeue", 0, b"")]) == 0
     assert "task 'a' of queue 'default' could not be recovered" in caplog.text

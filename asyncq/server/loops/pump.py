@@ -84,7 +84,7 @@ class Pump:
         self._end_wait: EndWait | None = None  # of the request that Redis holds
         self._ending: asyncio.Future[None] | None = None  # that, at the stop
         self._failed: BaseException | None = None  # what `_received` raised
-        self._ended = False
+        self._ended = False  # `run`, so that nothing is saved any more
 
     def stop_fetching(self) -> None:
         """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
