@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from benchmarks.workloads import WORKLOADS, Bench, Workload, groups
 
 RESULTS = Path(__file__).resolve().parent / "results" / "results.json"
 QUICK = 0.1
+REPEAT_AFTER_S = 0.05
 
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
@@ -53,6 +56,7 @@ def main() -> None:
     if not turns:
         raise SystemExit("none of these systems can do any of these workloads")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.unraisablehook = _repeat_a_lost_interrupt
     with ExitStack() as stack:
         url = options.redis or stack.enter_context(machine.private_redis())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncq-bench-")))
@@ -106,6 +110,15 @@ def _measure(bench: Bench, turns: list[Turn], measurements: list[dict[str, Any]]
         console.print("Stopped by Ctrl-C: here is what was measured so far.")
         return True
     return False
+
+
+def _repeat_a_lost_interrupt(lost: sys.UnraisableHookArgs) -> None:
+    """Send Ctrl-C again if it fell into a finalizer, from which no exception gets out."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        # from a thread, a moment later: raised here it would be lost like the first
+        threading.Timer(REPEAT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _measured(bench: Bench, turn: Turn) -> dict[str, Any]:

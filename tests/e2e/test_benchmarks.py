@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,25 @@ def test_ctrl_c_prints_what_there_is_and_leaves_no_process(tmp_path: Path) -> No
     assert json.loads(file.read_text())["measurements"][0]["workload"] == "enqueue-50"
     _, alive = psutil.wait_procs(family, timeout=5)
     assert alive == []
+
+
+class Interrupted:
+    """Is hit by Ctrl-C while it is being finalized."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_heard_even_inside_a_finalizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(bench: Bench, system: object) -> dict[str, float]:
+        Interrupted()
+        time.sleep(END_WITHIN_S)  # is cut short
+        raise AssertionError
+
+    bench: Any = None
+    monkeypatch.setattr(sys, "unraisablehook", load._repeat_a_lost_interrupt)
+    turn = load.Turn(1, Workload("drain-100", "Drain", measure), OURS)
+    assert load._measure(bench, [turn], [])
 
 
 def test_a_measurement_that_fails_is_noted_with_its_reason() -> None:
