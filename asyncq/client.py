@@ -346,7 +346,7 @@ def _new_id() -> str:
     except IndexError:
         (begin, end), *others = _draw()
         _drawn.extend(others)
-    return f"{begin}{end ^ time.time_ns() & _END:012x}"
+    return "%s%012x" % (begin, end ^ time.time_ns() & _END)  # noqa: UP031 - a third of an f-string's time
 
 
 def _draw() -> list[tuple[str, int]]:

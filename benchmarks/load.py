@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from benchmarks.workloads import WORKLOADS, Bench, Workload, groups
 
 RESULTS = Path(__file__).resolve().parent / "results" / "results.json"
 QUICK = 0.1
-REPEAT_AFTER_S = 0.05
+REPEAT_AFTER_S = 0.5
 
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
@@ -56,7 +55,6 @@ def main() -> None:
     if not turns:
         raise SystemExit("none of these systems can do any of these workloads")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.unraisablehook = _repeat_a_lost_interrupt
     with ExitStack() as stack:
         url = options.redis or stack.enter_context(machine.private_redis())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncq-bench-")))
@@ -101,6 +99,7 @@ def plan(rounds: int, names: list[str], systems: list[System]) -> list[Turn]:
 def _measure(bench: Bench, turns: list[Turn], measurements: list[dict[str, Any]]) -> bool:
     """Make the measurements; True if Ctrl-C cut them short."""
     began = time.monotonic()
+    hook, sys.unraisablehook = sys.unraisablehook, _repeat_a_lost_interrupt
     try:
         for i, turn in enumerate(turns, 1):
             entry = _measured(bench, turn)
@@ -109,6 +108,8 @@ def _measure(bench: Bench, turns: list[Turn], measurements: list[dict[str, Any]]
     except KeyboardInterrupt:
         console.print("Stopped by Ctrl-C: here is what was measured so far.")
         return True
+    finally:
+        sys.unraisablehook = hook
     return False
 
 
@@ -116,7 +117,8 @@ def _repeat_a_lost_interrupt(lost: sys.UnraisableHookArgs) -> None:
     """Send Ctrl-C again if it fell into a finalizer, from which no exception gets out."""
     if issubclass(lost.exc_type, KeyboardInterrupt):
         # from a thread, a moment later: raised here it would be lost like the first
-        threading.Timer(REPEAT_AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+        us = threading.main_thread().ident
+        threading.Timer(REPEAT_AFTER_S, signal.pthread_kill, (us, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(lost)
 

@@ -15,7 +15,7 @@ from asyncq.broker import keys
 from asyncq.broker.connection import Answer, EndWait, Pool, Waited
 from asyncq.broker.keys import queue_keys
 from asyncq.broker.refusal import ConnectionLostError, refusal
-from asyncq.broker.resp import Arg, pack, text
+from asyncq.broker.resp import Arg, form, pack, text
 from asyncq.broker.scripts import SCRIPTS, Call, Command
 from asyncq.errors import (
     AsyncqError,
@@ -42,6 +42,7 @@ after that."""
 
 SERVER_TTL_S: Final = 10  # Asynq: two heartbeats of 5 s
 
+_NEW_HASH: Final = form(b"HSET", None, b"msg", None, b"state", b"pending", b"pending_since", None)
 _MULTI: Final = pack(["MULTI"])
 _EXEC: Final = pack(["EXEC"])
 
@@ -411,12 +412,14 @@ def _push(queue: str, tasks: Sequence[NewTask]) -> list[bytes]:
 
     As Go's client does, it takes its own clock for `pending_since`, which is only shown.
     """
-    k, now_ns = queue_keys(queue), time.time_ns()
+    k, since = queue_keys(queue), b"%d" % time.time_ns()
     commands = [_announcement(queue), _MULTI]
+    ids: list[Arg] = []
     for task in tasks:
-        fields = ("msg", task.message, "state", "pending", "pending_since", now_ns)
-        commands.append(pack(("HSET", k.task(task.id), *fields)))
-    commands += (pack(("LPUSH", k.pending, *[task.id for task in tasks])), _EXEC)
+        key, message = k.task(task.id).encode(), task.message
+        commands.append(_NEW_HASH % (len(key), key, len(message), message, len(since), since))
+        ids.append(task.id)
+    commands += (pack(["LPUSH", k.pending, *ids]), _EXEC)
     return commands
 
 

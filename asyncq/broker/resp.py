@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import hiredis
 
 _hiredis: Any = hiredis  # its stubs know no tuples of several items
 
 Arg: TypeAlias = str | bytes | int
+
+_SLOT: Final = b"$%d\r\n%b\r\n"
 
 
 def pack(command: Sequence[Arg]) -> bytes:
@@ -25,6 +27,17 @@ def pack(command: Sequence[Arg]) -> bytes:
             )
         )
     return packed
+
+
+def form(*parts: bytes | None) -> bytes:
+    """Write a command once, to be filled by `%` for each call.
+
+    Each None takes two values: a length, and so many bytes.
+    """
+    written = [
+        _SLOT if part is None else _SLOT % (len(part), part.replace(b"%", b"%%")) for part in parts
+    ]
+    return b"*%d\r\n" % len(parts) + b"".join(written)
 
 
 def text(raw: bytes) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from asyncq import BrokerError, BrokerUnavailableError, OptionError
 from asyncq.broker import pipeline
-from asyncq.broker.connection import EndWait, Pool, Waited
+from asyncq.broker.connection import SOON_S, EndWait, Pool, Waited
+from asyncq.broker.pipeline import Pipeline
 from asyncq.broker.refusal import ConnectionLostError
 from asyncq.broker.scripts import SCRIPTS
 from tests.chaos.proxy import proxied
@@ -143,6 +145,23 @@ async def test_waiting_for_a_near_redis_lets_others_run(store_url: str) -> None:
         await pool.call(["PING"], soon=True)
         assert steps > before
     task.cancel()
+    await pool.close()
+
+
+async def test_a_redis_that_answers_within_a_slow_write_is_not_near(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(store_url)
+    await pool.open()
+    call = Pipeline.call
+
+    def slow(pipeline: Pipeline, packed: bytes, commands: int) -> asyncio.Future[list[Any]]:
+        time.sleep(2 * SOON_S)
+        return call(pipeline, packed, commands)
+
+    monkeypatch.setattr(Pipeline, "call", slow)
+    await pool.call(["PING"], soon=True)
+    assert pool._took_s > 2 * SOON_S
     await pool.close()
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from asyncq import BrokerError, DuplicateTaskError, TaskIDConflictError
 from asyncq.broker.broker import Broker, NewTask
+from asyncq.broker.keys import queue_keys
 from tests.broker.conftest import BrokerWithout
 from tests.chaos.live import Queue, QueueState
 
@@ -37,6 +38,14 @@ async def test_a_task_is_pending_under_its_message(
     assert fields == {b"msg": b"message", b"state": b"pending"}
     assert before - 1 < since / 1e9 < time.time() + 1
     assert await queue.redis.smembers("asynq:queues") == {b"default"}
+
+
+async def test_any_name_is_a_queue(broker: Broker, queue: Queue) -> None:
+    name = "日本 100%d %b"
+    assert await broker.enqueue(name, [NewTask("a", "t", b"50%b", new_id=True)]) == [None]
+    k = queue_keys(name)
+    assert await queue.redis.hget(k.task("a"), "msg") == b"50%b"
+    assert await queue.redis.lrange(k.pending, 0, -1) == [b"a"]
 
 
 async def test_a_delayed_task_has_a_whole_second_and_its_exact_instant(
