@@ -1,4 +1,4 @@
-"""The benchmarks: asyncq beside its peers, in one Redis, taking turns.
+"""The benchmarks: asyncq beside its peers, on one machine, taking turns.
 
 Each round measures workload after workload, and each workload system after system, in another
 order every round, so that what else the machine does meets all. README.md tells how to run it,
@@ -17,11 +17,12 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from redis.exceptions import RedisError
 from rich.console import Console
@@ -34,6 +35,8 @@ from benchmarks.workloads import WORKLOADS, Bench, Workload, groups
 RESULTS = Path(__file__).resolve().parent / "results" / "results.json"
 QUICK = 0.1
 REPEAT_AFTER_S = 0.5
+
+Benches: TypeAlias = Callable[[], AbstractContextManager[Bench]]
 
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
@@ -55,18 +58,22 @@ def main() -> None:
     if not turns:
         raise SystemExit("none of these systems can do any of these workloads")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ExitStack() as stack:
-        url = options.redis or stack.enter_context(machine.private_redis())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncq-bench-")))
-        store = machine.Store(url)
-        stack.callback(store.close)
+    with tempfile.TemporaryDirectory(prefix="asyncq-bench-") as folder:
         try:
-            results = _about(options, systems, store)
+            results = _about(options, systems)
+        except machine.NoRedisError as error:
+            raise SystemExit(str(error)) from None
         except RedisError as error:
-            raise SystemExit(f"the Redis at {url} does not answer: {error}") from None
+            raise SystemExit(f"the Redis at {options.redis} does not answer: {error}") from None
         console.print(f"{results['redis']}, {len(turns)} measurements")
         measurements: list[dict[str, Any]] = results["measurements"]
-        interrupted = _measure(Bench(store, folder, options.tasks), turns, measurements)
+
+        @contextmanager
+        def bench() -> Iterator[Bench]:
+            with machine.store(options.redis) as store:
+                yield Bench(store, Path(folder), options.tasks)
+
+        interrupted = _measure(bench, turns, measurements)
     for table in report.tables(results):
         console.print(table.rich())
     if options.json is not None:
@@ -96,7 +103,7 @@ def plan(rounds: int, names: list[str], systems: list[System]) -> list[Turn]:
     return turns
 
 
-def _measure(bench: Bench, turns: list[Turn], measurements: list[dict[str, Any]]) -> bool:
+def _measure(bench: Benches, turns: list[Turn], measurements: list[dict[str, Any]]) -> bool:
     """Make the measurements; True if Ctrl-C cut them short."""
     began = time.monotonic()
     hook, sys.unraisablehook = sys.unraisablehook, _repeat_a_lost_interrupt
@@ -123,13 +130,14 @@ def _repeat_a_lost_interrupt(lost: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(lost)
 
 
-def _measured(bench: Bench, turn: Turn) -> dict[str, Any]:
-    """Make one measurement; if it fails, say why in place of its numbers."""
+def _measured(bench: Benches, turn: Turn) -> dict[str, Any]:
+    """Make one measurement on a bench of its own; if it fails, say why in place of its numbers."""
     began = time.monotonic()
     result: dict[str, Any] = {}
     try:
-        result["numbers"] = turn.workload.measure(bench, turn.system)
-    except MeasurementError as error:
+        with bench() as prepared:
+            result["numbers"] = turn.workload.measure(prepared, turn.system)
+    except (MeasurementError, machine.NoRedisError) as error:
         result["error"] = str(error)
     except Exception as error:  # whatever it is, it must not cost the run its other numbers
         result["error"] = f"{type(error).__name__}: {error}"
@@ -169,13 +177,13 @@ def _present(names: list[str]) -> list[System]:
     return [*systems, floor.FLOOR] if systems else []
 
 
-def _about(
-    options: argparse.Namespace, systems: list[System], store: machine.Store
-) -> dict[str, Any]:
+def _about(options: argparse.Namespace, systems: list[System]) -> dict[str, Any]:
+    with machine.store(options.redis) as store:
+        version = store.version
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine.facts(),
-        "redis": store.version,
+        "redis": version,
         "rounds": options.rounds,
         "tasks": options.tasks,
         "systems": {system.name: _version(system) for system in systems},

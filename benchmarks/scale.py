@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -362,14 +362,11 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"there is no {', '.join(unknown)}, only {', '.join(NAMES)}")
-    with ExitStack() as stack:
-        url = options.redis or stack.enter_context(machine.private_redis())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncq-bench-")))
-        store = machine.Store(url)
-        stack.callback(store.close)
-        bench = Bench(store, folder, options.tasks)
+    with tempfile.TemporaryDirectory(prefix="asyncq-bench-") as folder:
         for name in options.names or NAMES:
-            numbers = WORKLOADS[name].measure(bench, OURS)
+            with machine.store(options.redis) as store:
+                bench = Bench(store, Path(folder), options.tasks)
+                numbers = WORKLOADS[name].measure(bench, OURS)
             rounded = {key: round(value, 3) for key, value in numbers.items()}
             print(json.dumps({name: rounded}), flush=True)
 

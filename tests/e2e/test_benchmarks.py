@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def test_ctrl_c_prints_what_there_is_and_leaves_no_process(tmp_path: Path) -> No
     assert alive == []
 
 
+def no_bench() -> Any:
+    return nullcontext()
+
+
 class Interrupted:
     """Is hit by Ctrl-C while it is being finalized."""
 
@@ -100,18 +105,16 @@ def test_ctrl_c_is_heard_even_inside_a_finalizer() -> None:
         time.sleep(END_WITHIN_S)  # is cut short
         raise AssertionError
 
-    bench: Any = None
     turn = load.Turn(1, Workload("drain-100", "Drain", measure), OURS)
-    assert load._measure(bench, [turn], [])
+    assert load._measure(no_bench, [turn], [])
 
 
 def test_a_measurement_that_fails_is_noted_with_its_reason() -> None:
     def broken(bench: Bench, system: object) -> dict[str, float]:
         raise MeasurementError("the worker took no task")
 
-    bench: Any = None
     turn = load.Turn(2, Workload("drain-100", "Drain", broken), OURS)
-    entry = load._measured(bench, turn)
+    entry = load._measured(no_bench, turn)
     assert entry["error"] == "the worker took no task"
     table = report.tables(data(entry))[0]
     assert table.notes == ["asyncq failed in 1 of 1 rounds: the worker took no task"]
