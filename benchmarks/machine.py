@@ -72,7 +72,7 @@ def store(url: str | None) -> Iterator[Store]:
     """Connect to the Redis of a URL, or to a private one (`None`) that was just started.
 
     What is measured in an old one depends on what it held before: after a million tasks its
-    memory is scattered, and a pickup of the next ten took 9 % longer.
+    memory is scattered, and a pickup took 9 % longer.
 
     Raises:
         NoRedisError: it does not start.
