@@ -36,7 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "results.json"
 QUICK = 0.1
 REPEAT_AFTER_S = 0.5
 
-Benches: TypeAlias = Callable[[], AbstractContextManager[Bench]]
+NewBench: TypeAlias = Callable[[], AbstractContextManager[Bench]]
 
 console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
@@ -69,11 +69,11 @@ def main() -> None:
         measurements: list[dict[str, Any]] = results["measurements"]
 
         @contextmanager
-        def bench() -> Iterator[Bench]:
+        def new_bench() -> Iterator[Bench]:
             with machine.store(options.redis) as store:
                 yield Bench(store, Path(folder), options.tasks)
 
-        interrupted = _measure(bench, turns, measurements)
+        interrupted = _measure(new_bench, turns, measurements)
     for table in report.tables(results):
         console.print(table.rich())
     if options.json is not None:
@@ -103,13 +103,13 @@ def plan(rounds: int, names: list[str], systems: list[System]) -> list[Turn]:
     return turns
 
 
-def _measure(bench: Benches, turns: list[Turn], measurements: list[dict[str, Any]]) -> bool:
+def _measure(new_bench: NewBench, turns: list[Turn], measurements: list[dict[str, Any]]) -> bool:
     """Make the measurements; True if Ctrl-C cut them short."""
     began = time.monotonic()
     hook, sys.unraisablehook = sys.unraisablehook, _repeat_a_lost_interrupt
     try:
         for i, turn in enumerate(turns, 1):
-            entry = _measured(bench, turn)
+            entry = _measured(new_bench, turn)
             measurements.append(entry)
             _tell(i, len(turns), time.monotonic() - began, turn, entry)
     except KeyboardInterrupt:
@@ -130,13 +130,13 @@ def _repeat_a_lost_interrupt(lost: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(lost)
 
 
-def _measured(bench: Benches, turn: Turn) -> dict[str, Any]:
+def _measured(new_bench: NewBench, turn: Turn) -> dict[str, Any]:
     """Make one measurement on a bench of its own; if it fails, say why in place of its numbers."""
     began = time.monotonic()
     result: dict[str, Any] = {}
     try:
-        with bench() as prepared:
-            result["numbers"] = turn.workload.measure(prepared, turn.system)
+        with new_bench() as bench:
+            result["numbers"] = turn.workload.measure(bench, turn.system)
     except (MeasurementError, machine.NoRedisError) as error:
         result["error"] = str(error)
     except Exception as error:  # whatever it is, it must not cost the run its other numbers

@@ -178,7 +178,7 @@ class Pool:
         while calls come back as quickly as that, counted from before the write, since Redis may
         answer before that returns. Otherwise a turn of ours may be what the worker waits for,
         which Redis wakes on our processor: a pickup took a tenth longer. To yield the processor
-        each turn does not help, and beside a busy neighbour it cost nine tenths of the rate.
+        each turn does not help, and beside busy neighbours it cost up to nine tenths of the rate.
         """
         if self._took_s < SOON_S:
             # An event would let the loop sleep.
