@@ -124,7 +124,7 @@ def wait_for_text(path: str) -> str:
 
 @mux.task("log", executor="process")
 def say(ctx: Context) -> None:
-    print("this goes to the terminal")
+    print("this goes to the terminal", flush=True)
     log.debug("too detailed")
     try:
         raise ValueError("no")
