@@ -61,7 +61,7 @@ def test_a_quick_run_measures_and_writes_plausible_numbers(tmp_path: Path) -> No
     assert 0 < pickup["numbers"]["p50_ms"] <= pickup["numbers"]["p99_ms"] < 10_000
     for numbers in (drain["numbers"], pickup["numbers"]):
         assert (numbers["once"], numbers["acked"], numbers["clean"]) == (1, 1, 1)
-    assert "Drain, concurrency 100" in output
+    assert "Drain, 10 ms of waiting a task" in output
     assert "What it must show" in output
 
 
