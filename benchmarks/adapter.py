@@ -121,8 +121,9 @@ async def sent_by_coroutines(
         await caller()
     elif sending.how == "paced":
         for i in numbers:
-            ledger.sent(i, time.time_ns())
+            at_ns = time.time_ns()
             await send(i, None)
+            ledger.sent(i, at_ns)  # afterwards: to write it is no part of the way to the handler
             await asyncio.sleep(_until(began, sending, i + 1))
     elif sending.how == "scheduled":
         first = time.time() + sending.delay_s
@@ -153,8 +154,9 @@ def sent_by_threads(
         caller()
     elif sending.how == "paced":
         for i in numbers:
-            ledger.sent(i, time.time_ns())
+            at_ns = time.time_ns()
             send(i, None)
+            ledger.sent(i, at_ns)  # afterwards: to write it is no part of the way to the handler
             time.sleep(_until(began, sending, i + 1))
     elif sending.how == "scheduled":
         first = time.time() + sending.delay_s

@@ -11,7 +11,8 @@ _hiredis: Any = hiredis  # its stubs know no tuples of several items
 
 Arg: TypeAlias = str | bytes | int
 
-_SLOT: Final = b"$%d\r\n%b\r\n"
+PART: Final = b"$%d\r\n%b\r\n"
+"""One part of a command, to be filled with its length and itself."""
 
 
 def pack(command: Sequence[Arg]) -> bytes:
@@ -35,7 +36,7 @@ def form(*parts: bytes | None) -> bytes:
     Each None takes two values: a length, and so many bytes.
     """
     written = [
-        _SLOT if part is None else _SLOT % (len(part), part.replace(b"%", b"%%")) for part in parts
+        PART if part is None else PART % (len(part), part.replace(b"%", b"%%")) for part in parts
     ]
     return b"*%d\r\n" % len(parts) + b"".join(written)
 

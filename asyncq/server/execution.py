@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
 from inspect import isawaitable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from asyncq.clock import seconds
 from asyncq.context import Context, current
@@ -76,6 +76,7 @@ class Execution:
         self._context = copy_context()
         self._variables = tuple(self._context.items())
         self._batch: deque[Run] | None = None  # runs that begin when the event loop comes round
+        self._next: asyncio.Future[deque[Run]] | None = None  # what a task that is made waits for
 
     def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
         """Begin a run, or let it wait for a place; `now`: unix seconds by Redis's clock."""
@@ -83,8 +84,16 @@ class Execution:
         if self._in_flight.add(run):
             self._start(run, now)
 
+    def make_ready(self) -> None:
+        """Make the task of the next run now: after a rest that takes 30 µs, in which it waits."""
+        if self._next is None or self._next.done():  # cancelled with every task of the loop
+            self._next = self._loop.create_future()
+            self._create_task(self._sprint(self._next))
+
     def put_back_waiting(self) -> None:
-        """Put back what was taken ahead and has not begun."""
+        """Put back what was taken ahead and has not begun; the server takes no more."""
+        if self._next is not None:
+            self._next.cancel()
         for run in reversed(list(self._in_flight.waiting)):  # the last is the next to be taken
             self._in_flight.end(run, REQUEUE)
 
@@ -102,18 +111,20 @@ class Execution:
         if self._batch is not None:
             self._batch.append(run)
             return
-        self._batch = batch = deque((run,))  # before the task, which an eager factory begins here
+        self._batch = batch = deque((run,))
         self._begin(batch)
 
     def _begin(self, batch: deque[Run]) -> None:
-        self._create_task(self._sprint(batch))
-        self._loop.call_soon(self._spread, batch)  # comes right after the first step of the task
+        self.make_ready()
+        cast("asyncio.Future[deque[Run]]", self._next).set_result(batch)
+        self._next = None
+        self._loop.call_soon(self._spread, batch)  # comes right after the task has begun with it
 
     def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
         # The event loop holds a task until its first step, from then on its run does.
         self._loop.create_task(run, context=self._context.copy())
 
-    async def _sprint(self, batch: deque[Run]) -> None:
+    async def _sprint(self, begins: asyncio.Future[deque[Run]]) -> None:
         """Do runs one after the other in this one task, as long as no handler waits.
 
         A task for each would cost more than all else that is done for a handler that never
@@ -121,6 +132,7 @@ class Execution:
         each of the others one of theirs. So nothing passes from run to run: not a cancellation,
         and no context variable either, since a run that leaves one set is the last here.
         """
+        batch = await begins
         self._batch = None
         task: Any = asyncio.current_task()
         ends_at = time.monotonic() + SPRINT_S

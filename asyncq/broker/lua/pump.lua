@@ -2,7 +2,7 @@
 -- KEYS    pending, active, lease, paused, scheduled, retry, archived, completed, due, mark, last,
 --         processed, failed
 -- ARGV    prefix, sequence, want, done[id, mark], moves[kind, id, mark, at, message, lock, result]
--- RETURNS {time {s, us}, mark, refused ids, broken {id, error}..., ghost ids, ids, messages,
+-- RETURNS {now_us, mark, refused ids, broken {id, error}..., ghost ids, ids, messages,
 --         1 if more is pending}
 -- USES    limits, types, clock, lease, last, counters, moves
 -- A write that Redis allows at its memory limit comes first: it lets the rest of the script
@@ -109,4 +109,4 @@ if done_n + moves_n > 0 then
 end
 
 remember(run_mark, refused, broken, taken)
-return { time, run_mark, refused, broken, ghosts, taken, messages, more }
+return { now_us, run_mark, refused, broken, ghosts, taken, messages, more }

@@ -1,11 +1,12 @@
 -- receive: takes the task that BLMOVE put into active in front of this call, if there is one.
 -- KEYS    pending, active, lease, paused, mark, last
 -- ARGV    prefix, sequence
--- RETURNS {time {s, us}, mark, {}, {}, ghost ids, ids, messages, 1 if more may be pending}
+-- RETURNS {now_us, mark, {}, {}, ghost ids, ids, messages, 1 if more may be pending}
 -- USES    lease, last
 -- It runs while somebody waits for it, in a Redis that was idle: there each call of Redis and
 -- each library takes some 10 µs, so it does without what is not needed for one task.
 local time = redis.call('TIME')
+local now_us = time[1] * 1000000 + time[2]
 local PAGE, LOOKED_AT = 100, 1000 -- of the youngest in active: others may have been served, too
 
 -- What was moved and not yet taken has no lease, and is not called active. If BLMOVE served
@@ -53,7 +54,7 @@ if id and redis.call('EXISTS', paused) == 1 then
   id = nil
 end
 if not id then
-  return { time, 0, {}, {}, ghosts, {}, {}, 0 }
+  return { now_us, 0, {}, {}, ghosts, {}, {}, 0 }
 end
 
 -- First what is allowed at the memory limit, see pump.
@@ -62,4 +63,4 @@ local run_mark = redis.call('INCR', mark) % (MARKS - 1) + 1
 redis.call('HSET', key, 'state', 'active')
 redis.call('ZADD', lease, lease_until(time[1], run_mark), id)
 remember(run_mark, {}, {}, { id })
-return { time, run_mark, {}, {}, ghosts, { id }, { message }, 1 }
+return { now_us, run_mark, {}, {}, ghosts, { id }, { message }, 1 }

@@ -156,6 +156,7 @@ class Pump:
         self._waiter.unanswered[lane] = request
         lane.turn += request.want / lane.weight
         lane.awaited = True
+        self._execution.make_ready()
         return True
 
     def _received(
@@ -386,16 +387,17 @@ class Pump:
     def _start(self, lane: Lane, answer: Answered) -> None:
         """Start the tasks that came; put them back if the server stops."""
         self._in_flight.clock_offset = answer.now - time.time()
-        taken = list(zip(answer.ids, answer.messages, strict=True))
-        if self._stopping.is_set():
-            taken.reverse()  # the last to be put back is the next to be taken
-        for task_id, raw in taken:
+        stopping = self._stopping.is_set()
+        ids, messages = answer.ids, answer.messages
+        if stopping:  # the last to be put back is the next to be taken
+            ids, messages = ids[::-1], messages[::-1]
+        for task_id, raw in zip(ids, messages, strict=True):
             try:
                 message = decode(task_id, lane.queue, raw)
             except MalformedMessageError as error:
                 self._quarantine(lane, task_id, answer.mark, raw, error)
                 continue
-            if self._stopping.is_set():
+            if stopping:
                 self._in_flight.put_back(lane, task_id, answer.mark)
             elif task_id in lane.runs:
                 self._run_later(lane, task_id, answer, raw)

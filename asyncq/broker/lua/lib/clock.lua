@@ -2,6 +2,7 @@
 -- double does not hold nanoseconds, and tostring would round milliseconds.
 local time = redis.call('TIME')
 local now_s = tonumber(time[1])
+local now_us = now_s * 1000000 + time[2]
 local now_ms = now_s * 1000 + math.floor(tonumber(time[2]) / 1000)
 local now_ns = time[1] .. string.format('%06d', time[2]) .. '000'
 

@@ -26,5 +26,5 @@ local function answered_before()
     end
   end
   -- 1: whether more is pending is not known any more, so that the queue is asked again.
-  return { time, run_mark, refused, broken, {}, kept, messages, 1 }
+  return { now_us, run_mark, refused, broken, {}, kept, messages, 1 }
 end
