@@ -24,7 +24,7 @@ log = logging.getLogger("asyncq.server")
 RUN_LATER_S: Final = 1.0
 HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the server stops
 
-HANDS: Final = 3  # with two, handlers that wait are followed later, with four calls are too small
+HANDS: Final = 2  # with three, the calls are smaller, and cost more than the overlap brings
 PARCELS: Final = 8  # in which places are dealt: one by one, each of many queues costs a call
 WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than it gains
 
@@ -47,8 +47,8 @@ class Pump:
     A task is taken only when a place is free. Places are dealt by weight to the queues not
     known to be empty; with `strict`, the queues are asked one after the other, highest first.
 
-    While there is a backlog other hands help, each taking its part of the places: so the tasks
-    of one run here while Redis works for another, and none waits for another's end.
+    While there is a backlog a second hand helps, each taking half of the places: so the tasks
+    of one run here while Redis works for the other, and neither waits for the other's end.
     """
 
     def __init__(
