@@ -1058,6 +1058,51 @@ async def test_whoever_cancels_every_task_there_is_stops_no_later_run() -> None:
     assert {*await world.kinds()} >= {"c", "d"}
 
 
+async def test_a_run_begins_in_the_task_that_was_made_ahead() -> None:
+    began: list[asyncio.Task[Any]] = []
+
+    async def handler(ctx: Context) -> None:
+        began.append(this_task())
+
+    world = of(handler)
+    world.execution.make_ready()
+    await turns()
+    (ready,) = asyncio.all_tasks() - {this_task()}
+    assert (await world.outcome()).kind == "done"
+    assert began == [ready]
+    assert (await world.outcome()).kind == "done"  # though none is ready now
+    assert len(set(began)) == 2
+
+
+@pytest.mark.parametrize("when", ["not begun", "waiting", "given a run"])
+async def test_a_run_begins_though_the_task_made_ahead_was_cancelled(when: str) -> None:
+    world = of(forever)
+    world.execution.make_ready()
+    (ready,) = asyncio.all_tasks() - {this_task()}
+    if when != "not begun":
+        await turns()
+    if when != "given a run":
+        ready.cancel()
+    run = world.start()
+    if when == "given a run":
+        ready.cancel()
+    await turns()
+    assert run.begun
+    assert run.task is not ready
+    assert run.cancel_reason is None
+    run.cancel(CANCELED)
+    assert (await world.end()).kind == "retry"
+
+
+async def test_a_server_that_takes_no_more_leaves_no_task_behind() -> None:
+    world = of(forever)
+    world.execution.make_ready()
+    await turns()
+    world.execution.put_back_waiting()
+    await turns()
+    assert asyncio.all_tasks() == {this_task()}
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there are no eager tasks before 3.12")
 async def test_eager_tasks_change_nothing() -> None:
     loop: Any = asyncio.get_running_loop()
