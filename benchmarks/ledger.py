@@ -74,7 +74,7 @@ class Ledger:
     # What adapters say
 
     def sent(self, i: int, at_ns: int) -> None:
-        """Note that task `i` is sent now, or is due then."""
+        """Note that task `i` was sent at `at_ns`, or is due then."""
         _SENT.pack_into(self._memory, i * 32, at_ns)
 
     def ran(self, i: int) -> int:

@@ -85,6 +85,7 @@ class NewTask:
     lock_s: int = 0
 
     def extra(self) -> str:
+        """Write what is special of it as JSON; see `_need_no_look`, too."""
         if self.at_ms is None and self.group is None and self.lock is None:
             return ""
         fields = {"at": self.at_ms, "group": self.group, "lock": self.lock, "lock_s": self.lock_s}
@@ -409,14 +410,16 @@ def _announcement(queue: str) -> bytes:
 
 def _need_no_look(tasks: Sequence[NewTask]) -> bool:
     for task in tasks:  # of one task, the frame of a generator is most of the cost
-        if not task.new_id or task.at_ms is not None or task.group is not None or task.lock:
+        if not task.new_id or task.at_ms is not None or task.group is not None:
+            return False
+        if task.lock is not None:
             return False
     return True
 
 
 @lru_cache(maxsize=4096)
 def _begins(queue: str) -> tuple[bytes, bytes]:
-    """How the key of each of its tasks begins, and after its length a push of their ids."""
+    """How the key of each of its tasks begins; how a push of their ids does, after its length."""
     k = queue_keys(queue)
     pending = k.pending.encode()
     return k.task("").encode(), PART % (5, b"LPUSH") + PART % (len(pending), pending)

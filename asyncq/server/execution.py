@@ -85,7 +85,7 @@ class Execution:
             self._start(run, now)
 
     def make_ready(self) -> None:
-        """Make the task of the next run now: after a rest that takes 30 µs, in which it waits."""
+        """Make the task of the next run ahead: after a rest the run would wait 30 µs for it."""
         if self._next is None or self._next.done():  # cancelled with every task of the loop
             self._next = self._loop.create_future()
             self._create_task(self._sprint(self._next))
@@ -121,7 +121,7 @@ class Execution:
         self._loop.call_soon(self._spread, batch)  # comes right after the task has begun with it
 
     def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
-        # The event loop holds a task until its first step, from then on its run does.
+        # The event loop holds a task until its first step, from then on its run does, or `_next`.
         self._loop.create_task(run, context=self._context.copy())
 
     async def _sprint(self, begins: asyncio.Future[deque[Run]]) -> None:
@@ -148,7 +148,7 @@ class Execution:
 
     def _spread(self, batch: deque[Run]) -> None:
         """Start a task for each run of a batch that has not begun."""
-        if self._batch is batch:  # its sprint was cancelled before the first step
+        if self._batch is batch:  # its sprint was cancelled before it took the batch
             self._batch = None
         while batch:
             self._create_task(self._run(batch.popleft()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,22 @@ async def test_a_task_is_pending_under_its_message(
     assert fields == {b"msg": b"message", b"state": b"pending"}
     assert before - 1 < since / 1e9 < time.time() + 1
     assert await queue.redis.smembers("asynq:queues") == {b"default"}
+
+
+@pytest.mark.parametrize(
+    "special", [{"group": "g"}, {"at_ms": 1_900_000_000_000}, {"lock": LOCK, "lock_s": 60}]
+)
+async def test_a_new_id_does_not_make_a_special_task_pending(
+    special: dict[str, Any], broker: Broker, queue: Queue
+) -> None:
+    tasks = [NewTask("a", "t", b"m", new_id=True), NewTask("b", "t", b"m", new_id=True, **special)]
+    assert await put(broker, *tasks) == [None, None]
+    fields = await queue.redis.hgetall(queue.keys.task("b"))
+    assert fields.get(b"group") == (b"g" if "group" in special else None)
+    assert fields.get(b"unique_key") == (LOCK.encode() if "lock" in special else None)
+    assert await queue.in_state("b") == (
+        "aggregating" if "group" in special else "scheduled" if "at_ms" in special else "pending"
+    )
 
 
 async def test_any_name_is_a_queue(broker: Broker, queue: Queue) -> None:

@@ -22,6 +22,7 @@ from asyncq import Context, Mux, Retry, RevokeTask, SkipRetry, Snooze, Task, cur
 from asyncq.handler import Next
 from asyncq.message import TaskMessage
 from asyncq.outcome import Outcome
+from asyncq.server import execution
 from asyncq.server.execution import SPRINT_S, WRITE_OFF_S, Execution, error_text
 from asyncq.server.executors import Executors
 from asyncq.server.in_flight import CANCELED, DEADLINE, LEASE_LOST, SHUTDOWN, InFlight, Lane, Run
@@ -616,7 +617,10 @@ def test_the_text_of_a_signal_without_words_says_what_it_is() -> None:
 # Many runs begun at once
 
 
-async def test_runs_that_never_wait_share_a_task_and_end_each_in_its_own_way() -> None:
+async def test_runs_that_never_wait_share_a_task_and_end_each_in_its_own_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(execution, "SPRINT_S", 60)  # however slow the machine is
     tasks: list[asyncio.Task[Any]] = []
     seen: list[str] = []
     raised: dict[str, Exception] = {"b": ValueError("b"), "c": SkipRetry(), "e": Snooze(1)}
