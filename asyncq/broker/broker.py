@@ -84,9 +84,13 @@ class NewTask:
     lock: str | None = None
     lock_s: int = 0
 
+    @property
+    def special(self) -> bool:
+        """Whether it is more than a task that is due now."""
+        return self.at_ms is not None or self.group is not None or self.lock is not None
+
     def extra(self) -> str:
-        """Write what is special of it as JSON; see `_need_no_look`, too."""
-        if self.at_ms is None and self.group is None and self.lock is None:
+        if not self.special:
             return ""
         fields = {"at": self.at_ms, "group": self.group, "lock": self.lock, "lock_s": self.lock_s}
         return json.dumps({name: value for name, value in fields.items() if value is not None})
@@ -409,10 +413,8 @@ def _announcement(queue: str) -> bytes:
 
 
 def _need_no_look(tasks: Sequence[NewTask]) -> bool:
-    for task in tasks:  # of one task, the frame of a generator is most of the cost
-        if not task.new_id or task.at_ms is not None or task.group is not None:
-            return False
-        if task.lock is not None:
+    for task in tasks:  # noqa: SIM110 - of one task, a generator would be most of the cost
+        if not task.new_id or task.special:
             return False
     return True
 
@@ -421,8 +423,7 @@ def _need_no_look(tasks: Sequence[NewTask]) -> bool:
 def _begins(queue: str) -> tuple[bytes, bytes]:
     """How the key of each of its tasks begins; how a push of their ids does, after its length."""
     k = queue_keys(queue)
-    pending = k.pending.encode()
-    return k.task("").encode(), PART % (5, b"LPUSH") + PART % (len(pending), pending)
+    return k.task("").encode(), pack(["LPUSH", k.pending]).removeprefix(b"*2\r\n")
 
 
 def _push(queue: str, tasks: Sequence[NewTask]) -> list[bytes]:

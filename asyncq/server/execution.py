@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
 from inspect import isawaitable
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 from asyncq.clock import seconds
 from asyncq.context import Context, current
@@ -84,11 +84,15 @@ class Execution:
         if self._in_flight.add(run):
             self._start(run, now)
 
-    def make_ready(self) -> None:
-        """Make the task of the next run ahead: after a rest the run would wait 30 µs for it."""
+    def make_ready(self) -> asyncio.Future[deque[Run]]:
+        """Make the task of the next run ahead: after a rest the run would wait 30 µs for it.
+
+        Returns what it waits for.
+        """
         if self._next is None or self._next.done():  # cancelled with every task of the loop
             self._next = self._loop.create_future()
             self._create_task(self._sprint(self._next))
+        return self._next
 
     def put_back_waiting(self) -> None:
         """Put back what was taken ahead and has not begun; the server takes no more."""
@@ -115,8 +119,7 @@ class Execution:
         self._begin(batch)
 
     def _begin(self, batch: deque[Run]) -> None:
-        self.make_ready()
-        cast("asyncio.Future[deque[Run]]", self._next).set_result(batch)
+        self.make_ready().set_result(batch)
         self._next = None
         self._loop.call_soon(self._spread, batch)  # comes right after the task has begun with it
 
