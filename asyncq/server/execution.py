@@ -77,6 +77,7 @@ class Execution:
         self._variables = tuple(self._context.items())
         self._batch: deque[Run] | None = None  # runs that begin when the event loop comes round
         self._next: asyncio.Future[deque[Run]] | None = None  # what a task that is made waits for
+        self.handlers_wait = False  # one of the last batch did, and left others to begin after it
 
     def start(self, lane: Lane, message: TaskMessage, mark: int, now: float) -> None:
         """Begin a run, or let it wait for a place; `now`: unix seconds by Redis's clock."""
@@ -121,7 +122,7 @@ class Execution:
     def _begin(self, batch: deque[Run]) -> None:
         self.make_ready().set_result(batch)
         self._next = None
-        self._loop.call_soon(self._spread, batch)  # comes right after the task has begun with it
+        self._loop.call_soon(self._begun, batch)  # comes right after the task has begun with it
 
     def _create_task(self, run: Coroutine[Any, Any, None]) -> None:
         # The event loop holds a task until its first step, from then on its run does, or `_next`.
@@ -148,6 +149,11 @@ class Execution:
                 rest = deque(batch)
                 batch.clear()
                 self._begin(rest)
+
+    def _begun(self, batch: deque[Run]) -> None:
+        """Go on with what a sprint has left in its first turn, which a handler that waits ends."""
+        self.handlers_wait = bool(batch)
+        self._spread(batch)
 
     def _spread(self, batch: deque[Run]) -> None:
         """Start a task for each run of a batch that has not begun."""

@@ -1,4 +1,4 @@
-"""Two calls of the pump under way, or one held by Redis: what becomes of tasks if they go wrong."""
+"""Calls of the pump under way, or one held by Redis: what becomes of tasks if they go wrong."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from asyncq import AsyncqError, Client, Context, Mux, Server, SyncClient, Task
 from asyncq.broker import broker as broker_module
 from asyncq.broker import pipeline
+from asyncq.broker.broker import Broker
 from asyncq.server import server as server_module
 from asyncq.server.loops.pump import Pump
 from asyncq.server.loops.watcher import REARM_S
@@ -25,7 +26,7 @@ MANY = 64  # places, so that two calls are worth their while
 
 
 class Ran:
-    """A mux of handlers that never wait, but for "held" ones, and what they were called with."""
+    """A mux of handlers that never wait, wait once, or for ever, and what they were called with."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -34,6 +35,11 @@ class Ran:
         @self.mux.task("quick")
         async def quick(ctx: Context) -> None:
             self.counts[ctx.task_id] += 1
+
+        @self.mux.task("waiting")
+        async def waiting(ctx: Context) -> None:
+            self.counts[ctx.task_id] += 1
+            await asyncio.sleep(0)
 
         @self.mux.task("held")
         async def held(ctx: Context) -> None:
@@ -217,6 +223,33 @@ async def test_a_burst_after_a_rest_is_taken_by_both_and_the_rest_by_one(
                 await eventually(lambda: all_done(queue))
     assert set(ran.counts.values()) == {1}
     assert await queue.handled() == (5 * 1005, 0)
+
+
+@pytest.mark.parametrize(("task_type", "calls"), [("quick", 2), ("waiting", 3)])
+async def test_a_third_call_is_made_only_while_handlers_wait(
+    task_type: str, calls: int, store_url: str, client: Client, queue: Queue,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ran, under_way = Ran(), 0
+    seen: set[int] = set()
+    call = Broker.pump
+
+    async def counted(*args: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        seen.add(under_way)
+        try:
+            return await call(*args)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(Broker, "pump", counted)
+    ids = await enqueued(client, 5000, task_type)
+    async with Server(store_url, concurrency=MANY).running(ran.mux):
+        await eventually(lambda: all_done(queue))
+    assert max(seen) == calls
+    assert ran.counts == Counter(ids)
+    assert await queue.handled() == (len(ids), 0)
 
 
 async def test_no_burst_is_left_lying_while_half_of_the_places_are_taken(

@@ -24,7 +24,8 @@ log = logging.getLogger("asyncq.server")
 RUN_LATER_S: Final = 1.0
 HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the server stops
 
-HANDS: Final = 2  # with three, the calls are smaller, and cost more than the overlap brings
+HANDS: Final = 3  # with four, the calls are smaller, and no place is filled sooner
+HANDS_IN_A_SPRINT: Final = 2  # while no handler waits: smaller calls cost more than they bring
 PARCELS: Final = 8  # in which places are dealt: one by one, each of many queues costs a call
 WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than it gains
 
@@ -32,12 +33,13 @@ WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than 
 class Hand:
     """One that works the pump: it has at most one call to Redis under way.
 
-    `name` is that under which the scripts keep its last answer. `unanswered`: requests whose
-    answer has not come, to be sent again as they are.
+    `name` is that under which the scripts keep its last answer. `wanted` is set while it is to
+    help. `unanswered`: requests whose answer has not come, to be sent again as they are.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.wanted = asyncio.Event()
         self.unanswered: dict[Lane, Request] = {}
 
 
@@ -48,7 +50,9 @@ class Pump:
     known to be empty; with `strict`, the queues are asked one after the other, highest first.
 
     While there is a backlog a second hand helps, each taking half of the places: so the tasks
-    of one run here while Redis works for the other, and neither waits for the other's end.
+    of one run here while Redis works for the other, and neither waits for the other's end. While
+    handlers wait, places become free at any time, and a third has them filled without waiting
+    for an answer to the others.
     """
 
     def __init__(
@@ -64,9 +68,13 @@ class Pump:
         self._in_flight = in_flight
         self._execution = execution
         self._strict = strict
+        self._capacity = in_flight.concurrency + in_flight.prefetch
+        # Strictly, a second call would take lower tasks while the first asks higher up.
+        hands = 1 if strict else max(1, min(HANDS, self._capacity // WORTH_OVERLAPPING))
         self._first, *self._others = self._hands = [
-            Hand(server_id), *(Hand(f"{server_id}.{i}") for i in range(2, HANDS + 1))
+            Hand(server_id), *(Hand(f"{server_id}.{i}") for i in range(2, hands + 1))
         ]  # fmt: skip
+        self._sharers = 1  # hands that share the work at present
         self._waiter = Hand(f"{server_id}.0")  # has Redis wait while the others rest
         self._all = (*self._hands, self._waiter)
         self._lanes = sorted(in_flight.lanes.values(), key=lambda lane: -lane.weight)
@@ -75,10 +83,6 @@ class Pump:
         self._sequences = itertools.count(1)
         self._trouble = Trouble("pump")
         self._refusals: dict[Lane, Trouble] = {}
-        self._capacity = in_flight.concurrency + in_flight.prefetch
-        # Strictly, a second call would take lower tasks while the first asks higher up.
-        self._overlaps = not strict and self._capacity // HANDS >= WORTH_OVERLAPPING
-        self._backlog = asyncio.Event()  # more is pending than was taken
         self._stopping = asyncio.Event()  # what a fetch under way brings is put back
         self._quiet = asyncio.Event()  # the last tick found nothing to do
         self._end_wait: EndWait | None = None  # of the request that Redis holds
@@ -89,7 +93,7 @@ class Pump:
     def stop_fetching(self) -> None:
         """Take no more tasks, and put back what was taken ahead; outcomes are still saved."""
         self._stopping.set()
-        self._backlog.clear()
+        self._share_among(1)
         self._execution.put_back_waiting()
         self._in_flight.changed.set()
         if self._end_wait is not None and self._ending is None:
@@ -101,7 +105,7 @@ class Pump:
         try:
             async with asyncio.TaskGroup() as hands:
                 hands.create_task(self._work())
-                for other in self._others if self._overlaps else ():
+                for other in self._others:
                     hands.create_task(self._help(other))
         finally:
             self._ended = True
@@ -188,7 +192,7 @@ class Pump:
         self._in_flight.changed.set()
 
     async def _help(self, hand: Hand) -> None:
-        """Work as well while there is a backlog.
+        """Work as well while there is a backlog, and a share of it for this hand.
 
         When it stops asking, it wakes the first: what is left is for that one to ask for, or to
         wait for, and the change that told of it may have woken this hand only.
@@ -196,12 +200,12 @@ class Pump:
         brought = False
         while True:
             if not hand.unanswered:
-                await self._backlog.wait()
+                await hand.wanted.wait()
             await _let_begin()
             self._in_flight.changed.clear()
             if await self._turn(hand):
                 brought = True
-                if self._stopping.is_set() or not self._backlog.is_set():
+                if self._stopping.is_set() or not hand.wanted.is_set():
                     self._in_flight.changed.set()
             elif brought:
                 brought = False
@@ -255,7 +259,7 @@ class Pump:
         return sent
 
     def _requests(self, hand: Hand) -> dict[Lane, Request]:
-        places = self._part(self._places(), self._capacity // HANDS)
+        places = self._part(self._places(), self._capacity // self._sharers)
         worth = places + self._in_flight.unsaved() >= WORTH_OVERLAPPING
         if hand is not self._first and not hand.unanswered and not worth:
             return {}
@@ -281,11 +285,19 @@ class Pump:
         return {lane: request}
 
     def _part(self, n: int, most: int) -> int:
-        """What a hand takes of `n`: while there is a backlog, those that are free share it."""
-        if not (self._overlaps and self._backlog.is_set()):
+        """What a hand takes of `n`, at least as much as is worth a call and `most` at most."""
+        if self._sharers == 1:
             return n
-        free = sum(not hand.unanswered for hand in self._hands) or 1
+        free = sum(not hand.unanswered for hand in self._hands[: self._sharers]) or 1
         return min(n, most, max(WORTH_OVERLAPPING, -(-n // free)))
+
+    def _share_among(self, hands: int) -> None:
+        """Have so many hands share the work, as far as there are so many."""
+        self._sharers = min(hands, len(self._hands))
+        for hand in self._others:
+            hand.wanted.clear()
+        for hand in self._hands[1 : self._sharers]:
+            hand.wanted.set()
 
     def _unanswered(self) -> list[Request]:
         return [request for hand in self._all for request in hand.unanswered.values()]
@@ -416,9 +428,10 @@ class Pump:
             if got:
                 lane.awaitable = self._may_wait
             if lane.empty and all(lane.empty for lane in self._lanes):
-                self._backlog.clear()
+                self._share_among(1)
             elif got >= WORTH_OVERLAPPING and not self._stopping.is_set():
-                self._backlog.set()
+                handlers_wait = self._execution.handlers_wait
+                self._share_among(HANDS if handlers_wait else HANDS_IN_A_SPRINT)
 
     def _run_later(self, lane: Lane, task_id: str, answer: Answered, raw: bytes) -> None:
         """An earlier run that lost its lease has not ended: two at a time would be worse."""

@@ -672,6 +672,22 @@ async def test_a_handler_that_waits_keeps_its_task_for_itself(waiting_ids: str) 
     assert len({began[task_id] for task_id in waiting_ids}) == len(waiting_ids)
 
 
+async def test_it_knows_whether_a_handler_of_the_last_batch_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(execution, "SPRINT_S", 60)  # however slow the machine is
+
+    async def handler(ctx: Context) -> None:
+        if ctx.task_id == "w":
+            await asyncio.sleep(0)
+
+    world = of(handler)
+    for ids, waited in [("abc", False), ("awb", True), ("abc", False), ("wa", True)]:
+        world.batch(ids)
+        await world.kinds()
+        assert world.execution.handlers_wait == waited, ids
+
+
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("concurrency", [1, 10])
 async def test_a_context_variable_does_not_leak_within_a_batch(
