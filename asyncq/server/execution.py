@@ -151,7 +151,7 @@ class Execution:
                 self._begin(rest)
 
     def _begun(self, batch: deque[Run]) -> None:
-        """Go on with what a sprint has left in its first turn, which a handler that waits ends."""
+        """Note whether a handler that waits ended the sprint's first turn, and start the rest."""
         self.handlers_wait = bool(batch)
         self._spread(batch)
 

@@ -72,26 +72,45 @@ async def each(queues: Iterable[str], do: Callable[[str], Awaitable[int]]) -> in
     return total
 
 
+class Backoff:
+    """How long to pause after one failure in a row, after two, and so on."""
+
+    def __init__(self) -> None:
+        self._pause_s = 0.0
+
+    def next_s(self) -> float:
+        """Note a failure and return the seconds to wait: 0.1 at first, doubling up to 5."""
+        self._pause_s = min(max(0.1, self._pause_s * 2), LONGEST_PAUSE_S)
+        return self._pause_s * random.uniform(0.5, 1)
+
+    def over(self) -> None:
+        """Note a success."""
+        self._pause_s = 0.0
+
+
 class Trouble:
     """Redis is away: says so once, and again each minute, and how long to pause."""
 
     def __init__(self, who: str) -> None:
         self._who = who
-        self._pause_s = 0.0
-        self._said_at = -SAY_AGAIN_S
+        self._backoff = Backoff()
+        self._said_at: float | None = None
 
     def pause_s(self, error: Exception) -> float:
-        """Note a failure and return the seconds to wait: 0.1 at first, doubling up to 5."""
-        self._pause_s = min(max(0.1, self._pause_s * 2), LONGEST_PAUSE_S)
+        """Note a failure and return the seconds to wait, see `Backoff`."""
+        self.say(error)
+        return self._backoff.next_s()
+
+    def say(self, error: Exception) -> None:
+        """Note a failure of one that has a `Backoff` of its own."""
         now = asyncio.get_running_loop().time()
-        if now - self._said_at >= SAY_AGAIN_S:
+        if self._said_at is None or now - self._said_at >= SAY_AGAIN_S:
             self._said_at = now
             log.warning("%s: %s; trying again until it works", self._who, error)
-        return self._pause_s * random.uniform(0.5, 1)
 
     def over(self) -> None:
         """Note a success."""
-        if self._pause_s:
+        if self._said_at is not None:
             log.info("%s: Redis answers again", self._who)
-        self._pause_s = 0.0
-        self._said_at = -SAY_AGAIN_S
+        self._backoff.over()
+        self._said_at = None

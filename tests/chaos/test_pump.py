@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from tests.chaos.live import Queue, QueueState, eventually, leaving_nothing
 from tests.chaos.proxy import proxied
 from tests.stores import Database, StoreServer
 
-MANY = 64  # places, so that two calls are worth their while
+MANY = 64  # places, so that three calls are worth their while
 
 
 class Ran:
@@ -225,31 +225,123 @@ async def test_a_burst_after_a_rest_is_taken_by_both_and_the_rest_by_one(
     assert await queue.handled() == (5 * 1005, 0)
 
 
+def at_calls_under_way(
+    monkeypatch: pytest.MonkeyPatch, do: Callable[[int, str], Awaitable[None]]
+) -> None:
+    """Before each call, do something with how many are then under way, and the name of the hand."""
+    under_way, call = 0, Broker.pump
+
+    async def counted(broker: Broker, hand: str, requests: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        try:
+            await do(under_way, hand)
+            return await call(broker, hand, requests)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(Broker, "pump", counted)
+
+
 @pytest.mark.parametrize(("task_type", "calls"), [("quick", 2), ("waiting", 3)])
 async def test_a_third_call_is_made_only_while_handlers_wait(
     task_type: str, calls: int, store_url: str, client: Client, queue: Queue,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    ran, under_way = Ran(), 0
+    ran = Ran()
     seen: set[int] = set()
-    call = Broker.pump
 
-    async def counted(*args: Any) -> Any:
-        nonlocal under_way
-        under_way += 1
+    async def see(under_way: int, hand: str) -> None:
         seen.add(under_way)
-        try:
-            return await call(*args)
-        finally:
-            under_way -= 1
 
-    monkeypatch.setattr(Broker, "pump", counted)
+    at_calls_under_way(monkeypatch, see)
     ids = await enqueued(client, 5000, task_type)
     async with Server(store_url, concurrency=MANY).running(ran.mux):
         await eventually(lambda: all_done(queue))
     assert max(seen) == calls
     assert ran.counts == Counter(ids)
     assert await queue.handled() == (len(ids), 0)
+
+
+async def test_no_third_call_is_made_any_more_when_handlers_no_longer_wait(
+    store_url: str, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = Ran()
+    had_run: list[int] = []  # at each of its calls
+
+    async def see(under_way: int, hand: str) -> None:
+        if hand.endswith(".3"):
+            had_run.append(ran.counts.total())
+
+    at_calls_under_way(monkeypatch, see)
+    await enqueued(client, 2000, "waiting", name="w")
+    await enqueued(client, 5000, "quick", name="q")
+    async with Server(store_url, concurrency=MANY).running(ran.mux):
+        await eventually(lambda: all_done(queue))
+    assert had_run
+    assert max(had_run) < 2000 + 10 * MANY
+
+
+@pytest.mark.parametrize("trouble", ["stop", "cut"])
+async def test_three_calls_that_go_wrong_lose_nothing(
+    trouble: str, store: Database, client: Client, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, went_wrong = Ran(), False
+    ids = await enqueued(client, 3000, "waiting")
+    async with proxied(store) as proxy:
+        server = Server(proxy.url, concurrency=MANY)
+
+        async def go_wrong(under_way: int, hand: str) -> None:
+            nonlocal went_wrong
+            if under_way < 3 or went_wrong:
+                return
+            went_wrong = True
+            if trouble == "stop":
+                server.stop()
+            else:
+                await proxy.cut()
+                await proxy.start()
+
+        at_calls_under_way(monkeypatch, go_wrong)
+        async with server.running(ran.mux):
+            if trouble == "cut":
+                await eventually(lambda: all_done(queue))
+            else:
+                await eventually(lambda: went_wrong)
+    assert went_wrong
+    assert set(ran.counts.values()) == {1}
+    left = [i for i in ids if i not in ran.counts]
+    assert bool(left) == (trouble == "stop")
+    assert await queue.pending() == left
+    assert await queue.state() == QueueState(pending=len(left), hashes=len(left))
+    assert await queue.handled() == (len(ran.counts), 0)
+
+
+async def test_an_outage_counts_once_however_many_calls_were_under_way(
+    redis_server: Callable[..., StoreServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the last to fail would pause longest, with the tasks that it had been given."""
+    store, ran = redis_server(), Ran()
+    pauses: dict[str, float] = {}
+    pause = Pump._pause
+
+    async def noted(pump: Pump, hand: Any, error: Any) -> None:
+        before = hand.backoff._pause_s
+        pauses.setdefault(hand.name, before)
+        await pause(pump, hand, error)
+
+    async def kill(under_way: int, hand: str) -> None:
+        if under_way == 3:
+            store.kill()
+
+    monkeypatch.setattr(Pump, "_pause", noted)
+    at_calls_under_way(monkeypatch, kill)
+    async with Client(store.url) as client:
+        await enqueued(client, 3000, "waiting")
+    server = Server(store.url, concurrency=MANY, shutdown_timeout=0)
+    async with server.running(ran.mux):
+        await eventually(lambda: len(pauses) == 3)
+    assert set(pauses.values()) == {0}
 
 
 async def test_no_burst_is_left_lying_while_half_of_the_places_are_taken(

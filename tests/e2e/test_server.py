@@ -150,10 +150,10 @@ async def test_a_limited_queue_runs_no_more_at_once_and_leaves_room(
 
 
 @pytest.mark.parametrize("prefetch", [0, 100])
-async def test_a_limited_queue_is_limited_with_two_calls_under_way(
+async def test_a_limited_queue_is_limited_with_several_calls_under_way(
     prefetch: int, store_url: str, client: Client, redis: Redis
 ) -> None:
-    """Both calls may ask the same queue, and what waits for a place counts as well."""
+    """All calls may ask the same queue, and what waits for a place counts as well."""
     running: Counter[str] = Counter()
     most: Counter[str] = Counter()
     done: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from asyncq.message import decode, quarantined
 from asyncq.outcome import Ended, Outcome
 from asyncq.server.execution import Execution
 from asyncq.server.in_flight import LEASE_LOST, InFlight, Lane
-from asyncq.server.loop import Trouble
+from asyncq.server.loop import Backoff, Trouble
 
 log = logging.getLogger("asyncq.server")
 
@@ -27,19 +27,21 @@ HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the ser
 HANDS: Final = 3  # with four, the calls are smaller, and no place is filled sooner
 HANDS_IN_A_SPRINT: Final = 2  # while no handler waits: smaller calls cost more than they bring
 PARCELS: Final = 8  # in which places are dealt: one by one, each of many queues costs a call
-WORTH_OVERLAPPING: Final = 16  # tasks; for fewer a second call costs more than it gains
+WORTH_OVERLAPPING: Final = 16  # tasks; for fewer another call costs more than it gains
 
 
 class Hand:
     """One that works the pump: it has at most one call to Redis under way.
 
     `name` is that under which the scripts keep its last answer. `wanted` is set while it is to
-    help. `unanswered`: requests whose answer has not come, to be sent again as they are.
+    help. `unanswered`: requests whose answer has not come, to be sent again as they are. `backoff`
+    is its own: were it shared, one outage would count as many as there are calls under way.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.wanted = asyncio.Event()
+        self.backoff = Backoff()
         self.unanswered: dict[Lane, Request] = {}
 
 
@@ -49,7 +51,7 @@ class Pump:
     A task is taken only when a place is free. Places are dealt by weight to the queues not
     known to be empty; with `strict`, the queues are asked one after the other, highest first.
 
-    While there is a backlog a second hand helps, each taking half of the places: so the tasks
+    While there is a backlog a second hand helps, each taking its share of the places: so the tasks
     of one run here while Redis works for the other, and neither waits for the other's end. While
     handlers wait, places become free at any time, and a third has them filled without waiting
     for an answer to the others.
@@ -134,13 +136,13 @@ class Pump:
             return
         try:
             await self._broker.ping()  # opens a connection, if all were in use
-            self._trouble.over()
+            self._answers(self._first)
         except BrokerUnavailableError as error:
-            await self._pause(self._trouble.pause_s(error))
+            await self._pause(self._first, error)
         except BrokerError:  # refused
             lane.awaitable = False
             self._in_flight.unarmed.set()
-        self._in_flight.changed.set()  # whatever came meanwhile may have woken the other hand only
+        self._in_flight.changed.set()  # whatever came meanwhile may have woken another hand only
 
     def _is_to_wait(self, lane: Lane) -> bool:
         if not (lane.empty and lane.awaitable) or lane.awaited or self._in_flight.running:
@@ -285,7 +287,10 @@ class Pump:
         return {lane: request}
 
     def _part(self, n: int, most: int) -> int:
-        """What a hand takes of `n`, at least as much as is worth a call and `most` at most."""
+        """What a hand takes of `n`: all, or a part for each that is free while hands share it.
+
+        A part is not less than is worth a call, if there is so much, and `most` at most.
+        """
         if self._sharers == 1:
             return n
         free = sum(not hand.unanswered for hand in self._hands[: self._sharers]) or 1
@@ -355,16 +360,16 @@ class Pump:
         try:
             answers = await self._broker.pump(hand.name, list(requests.values()))
         except BrokerUnavailableError as error:
-            await self._pause(self._trouble.pause_s(error))
+            await self._pause(hand, error)
             return
         except BrokerError as error:  # refused before any queue was asked
             answers = [error] * len(requests)
-        self._trouble.over()
+        self._answers(hand)
         for (lane, request), answer in zip(list(requests.items()), answers, strict=True):
             if not isinstance(answer, BrokerUnavailableError):  # else it is sent again, as it is
                 self._answer(hand, lane, request, answer)
         if unavailable := next((a for a in answers if isinstance(a, BrokerUnavailableError)), None):
-            await self._pause(self._trouble.pause_s(unavailable))
+            await self._pause(hand, unavailable)
 
     def _answer(
         self, hand: Hand, lane: Lane, request: Request, answer: Answered | BrokerError
@@ -376,7 +381,13 @@ class Pump:
             self._start(lane, answer)
             self._note(lane, request, answer)
 
-    async def _pause(self, pause_s: float) -> None:
+    def _answers(self, hand: Hand) -> None:
+        self._trouble.over()
+        hand.backoff.over()
+
+    async def _pause(self, hand: Hand, error: BrokerUnavailableError) -> None:
+        self._trouble.say(error)
+        pause_s = hand.backoff.next_s()
         try:
             async with asyncio.timeout(pause_s):
                 await self._stopping.wait()
