@@ -31,7 +31,9 @@ ROOMS = {
     "mux": Room("mux context handler", "mux nouns"),
     "client": Room("client ends sync_client", "client nouns broker settings"),
     "inspector": Room("inspector", "nouns broker settings"),
-    "execution": Room("server.execution server.in_flight server.loop", "execution mux nouns"),
+    "execution": Room(
+        "server.execution server.in_flight server.dealing server.loop", "execution mux nouns"
+    ),
     "loops": Room("server.loops", "nouns broker execution"),
     "server": Room("server", "server loops execution nouns mux client broker settings"),
     # The parent of several workers: no worker itself, so it knows none of the server.

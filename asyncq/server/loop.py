@@ -13,6 +13,7 @@ from asyncq.errors import BrokerError
 
 log = logging.getLogger("asyncq.server")
 
+FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 5.0
 SAY_AGAIN_S: Final = 60.0
 
@@ -73,19 +74,23 @@ async def each(queues: Iterable[str], do: Callable[[str], Awaitable[int]]) -> in
 
 
 class Backoff:
-    """How long to pause after one failure in a row, after two, and so on."""
+    """How long to pause after failures in a row: 0.1 s at first, doubling up to 5.
+
+    Each pause is cut by up to a half at random, so that many servers do not come back as one.
+    """
 
     def __init__(self) -> None:
-        self._pause_s = 0.0
+        self._pause_s = FIRST_PAUSE_S
 
     def next_s(self) -> float:
-        """Note a failure and return the seconds to wait: 0.1 at first, doubling up to 5."""
-        self._pause_s = min(max(0.1, self._pause_s * 2), LONGEST_PAUSE_S)
-        return self._pause_s * random.uniform(0.5, 1)
+        """Note a failure and return the seconds to wait."""
+        pause_s = self._pause_s
+        self._pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+        return pause_s * random.uniform(0.5, 1)
 
     def over(self) -> None:
         """Note a success."""
-        self._pause_s = 0.0
+        self._pause_s = FIRST_PAUSE_S
 
 
 class Trouble:

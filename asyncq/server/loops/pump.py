@@ -15,6 +15,7 @@ from asyncq.broker.connection import EndWait
 from asyncq.errors import BrokerError, BrokerUnavailableError, MalformedMessageError
 from asyncq.message import decode, quarantined
 from asyncq.outcome import Ended, Outcome
+from asyncq.server.dealing import dealt
 from asyncq.server.execution import Execution
 from asyncq.server.in_flight import LEASE_LOST, InFlight, Lane
 from asyncq.server.loop import Backoff, Trouble
@@ -26,7 +27,6 @@ HURRIED_PAUSE_S: Final = 0.1  # between two tries to save outcomes while the ser
 
 HANDS: Final = 3  # with four, the calls are smaller, and no place is filled sooner
 HANDS_IN_A_SPRINT: Final = 2  # while no handler waits: smaller calls cost more than they bring
-PARCELS: Final = 8  # in which places are dealt: one by one, each of many queues costs a call
 WORTH_OVERLAPPING: Final = 16  # tasks; for fewer another call costs more than it gains
 
 
@@ -76,7 +76,7 @@ class Pump:
         self._first, *self._others = self._hands = [
             Hand(server_id), *(Hand(f"{server_id}.{i}") for i in range(2, hands + 1))
         ]  # fmt: skip
-        self._sharers = 1  # hands that share the work at present
+        self._sharing = self._hands[:1]  # those that share the work at present
         self._waiter = Hand(f"{server_id}.0")  # has Redis wait while the others rest
         self._all = (*self._hands, self._waiter)
         self._lanes = sorted(in_flight.lanes.values(), key=lambda lane: -lane.weight)
@@ -261,7 +261,7 @@ class Pump:
         return sent
 
     def _requests(self, hand: Hand) -> dict[Lane, Request]:
-        places = self._part(self._places(), self._capacity // self._sharers)
+        places = self._part(self._places(), self._capacity // len(self._sharing))
         worth = places + self._in_flight.unsaved() >= WORTH_OVERLAPPING
         if hand is not self._first and not hand.unanswered and not worth:
             return {}
@@ -291,18 +291,19 @@ class Pump:
 
         A part is not less than is worth a call, if there is so much, and `most` at most.
         """
-        if self._sharers == 1:
+        if len(self._sharing) == 1:
             return n
-        free = sum(not hand.unanswered for hand in self._hands[: self._sharers]) or 1
+        free = sum(not hand.unanswered for hand in self._sharing) or 1
         return min(n, most, max(WORTH_OVERLAPPING, -(-n // free)))
 
     def _share_among(self, hands: int) -> None:
         """Have so many hands share the work, as far as there are so many."""
-        self._sharers = min(hands, len(self._hands))
+        self._sharing = self._hands[:hands]
         for hand in self._others:
-            hand.wanted.clear()
-        for hand in self._hands[1 : self._sharers]:
-            hand.wanted.set()
+            if hand in self._sharing:
+                hand.wanted.set()
+            else:
+                hand.wanted.clear()
 
     def _unanswered(self) -> list[Request]:
         return [request for hand in self._all for request in hand.unanswered.values()]
@@ -324,7 +325,7 @@ class Pump:
         return lane.room(places, sum(request.want for request in asked))
 
     def _share(self, hand: Hand, places: int) -> dict[Lane, int]:
-        """Deal places, each parcel to the queue that has had the least for its weight."""
+        """Deal places to the queues that this hand may ask."""
         rooms = {
             lane: min(room, BATCH)
             for lane in self._lanes
@@ -333,25 +334,7 @@ class Pump:
             and not self._refused(lane)
             and (room := self._room(lane, places)) > 0
         }
-        if len(rooms) <= 1:
-            return rooms
-        level = min((lane.turn for lane in rooms if not lane.rejoins), default=0.0)
-        for lane in rooms:
-            if lane.rejoins:  # it was empty: no debts, and nothing to catch up
-                lane.turn = level
-                lane.rejoins = False
-        turns = {lane: lane.turn for lane in rooms}
-        wants = dict.fromkeys(rooms, 0)
-        parcel = -(-places // PARCELS)  # rounded up
-        while places > 0 and turns:
-            lane = min(turns, key=turns.__getitem__)
-            dealt = min(parcel, places, rooms[lane] - wants[lane])
-            places -= dealt
-            wants[lane] += dealt
-            turns[lane] += dealt / lane.weight
-            if wants[lane] == rooms[lane]:
-                del turns[lane]
-        return wants
+        return rooms if len(rooms) <= 1 else dealt(places, rooms)
 
     async def _send(self, hand: Hand, requests: dict[Lane, Request]) -> None:
         if not requests:
